@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from .options import flag
 
@@ -27,6 +28,15 @@ _COMMANDS = {
 }
 
 
+class _Program(TyperGroup):
+    """The program itself, whose errors say where the options of a command belong."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Return the words that are left. Raises an error of typer."""
+        with _hint_at_wrong_option("an option of a command follows its name"):
+            return super().parse_args(ctx, args)
+
+
 class _Command(TyperCommand):
     """A command with plain errors. The arguments of ``set`` may be negative numbers."""
 
@@ -36,16 +46,24 @@ class _Command(TyperCommand):
             # The data may be such a number, and no option begins with a digit.
             ctx.ignore_unknown_options = any(map(_NEGATIVE.fullmatch, args))
         try:
-            return super().parse_args(ctx, args)
+            with _hint_at_wrong_option("a name or data that begins with - goes behind --", "-[^-]"):
+                return super().parse_args(ctx, args)
         except typer.BadParameter as error:
             error.message = error.message.removeprefix(_VALIDATOR)
             raise
-        except Exception as error:
-            # typer exports no class for a wrong option.
-            option = getattr(error, "option_name", None)
-            if option is not None and not option.startswith("--"):
-                error.message += "; a name or data that begins with - goes behind --"  # type: ignore[attr-defined]
-            raise
+
+
+@contextmanager
+def _hint_at_wrong_option(hint: str, which: str = "") -> Iterator[None]:
+    """Add a hint to the error of an option that doesn't exist; a pattern may say of which."""
+    try:
+        yield
+    except Exception as error:
+        # typer exports no class for it.
+        option = getattr(error, "option_name", None)
+        if option is not None and re.match(which, option):
+            error.message += f"; {hint}"  # type: ignore[attr-defined]
+        raise
 
 
 def _show_version(requested: bool) -> None:
@@ -63,6 +81,7 @@ def make_app(words: Sequence[str] = ()) -> typer.Typer:
     commands run.
     """
     app = typer.Typer(
+        cls=_Program,
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"]},
         # typer's tracebacks show local variables, and passwords with them.

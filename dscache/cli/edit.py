@@ -124,8 +124,9 @@ def _run_editor(file: Path) -> None:
     try:
         process = subprocess.Popen([*shlex.split(editor), str(file)])
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise typer.BadParameter(
-            f"{editor!r} can't be run: {error}; set it to an editor", param_hint="VISUAL or EDITOR"
+            f"{editor!r} can't be run: {reason}; set it to an editor", param_hint="VISUAL or EDITOR"
         ) from None
     try:
         with signals.left_to_editor():

@@ -448,6 +448,7 @@ def test_mistakes_in_the_configuration(
         ),
         (("cluster", "--config", "all.ndjson"), "a file ending in .yml, .yaml or .json;"),
         (("clutser",), "No such command 'clutser'"),
+        (("--url", NOBODY, "get", "a"), "--url; an option of a command follows its name"),
     ],
 )
 def test_a_wrong_command_line(words: Sequence[str], error: str, folder: Path) -> None:
