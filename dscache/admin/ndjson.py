@@ -138,7 +138,7 @@ def _fault(value: object) -> str:
         if type(given) is not kind and not (name == "ttl" and given is None):
             return f'"{name}" must be {expected}, not {shorten(given)}'
     unknown = sorted(value.keys() - set(Line.__struct_fields__))
-    return f"it has {shorten(unknown[0])} too" if unknown else ""
+    return f"{shorten(unknown[0])} is no part of it" if unknown else ""
 
 
 class Lines:

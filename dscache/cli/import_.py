@@ -76,7 +76,7 @@ def import_(
                 except DscacheError:
                     if source.saved:
                         done = number(state.line, "line")
-                        complain(f"{done} imported, which {source.saved} notes for the next run")
+                        complain(f"{done} imported; {source.saved} notes it for the next run")
                     raise
                 source.finish()
                 return state

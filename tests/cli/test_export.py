@@ -404,7 +404,7 @@ def test_a_broken_line_ends_the_import(url: Url, client: redis_py.Redis, tmp_pat
     done = invoke("import", str(file), *url)
     assert done.status == 1
     assert done.err == (
-        f"dscache: 2,500 lines imported, which {file}.imported notes for the next run\n"
+        f"dscache: 2,500 lines imported; {file}.imported notes it for the next run\n"
         f"dscache: {file}, line 2501: it is not JSON: character 0: expecting value; "
         "--keep-going skips it\n"
     )
