@@ -33,10 +33,7 @@ ADA = {"name": "Ada"}
 MISFIT = r"Expected `str`, got `int` - at `\$\.name`"
 
 
-PLACES = [
-    *(("AsyncCache", place) for place in ("redis", "memory", "near")),
-    *(("Cache", place) for place in ("redis", "memory")),
-]
+PLACES = [(kind, place) for kind in ("AsyncCache", "Cache") for place in ("redis", "memory", "near")]
 
 
 @pytest.fixture(params=PLACES, ids="-".join)

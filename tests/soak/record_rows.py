@@ -22,6 +22,7 @@ from dscache import _backend
 from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.soak import cluster_rows
 from tests.soak.figures import PATIENCE, Figures, until
+from tests.support import three_clients
 from tests.support.blocking import run_child
 from tests.support.clusters import ClusterGroup
 from tests.support.either import moving
@@ -108,6 +109,15 @@ async def crowd(
         figures.notes.append(f"{loads} loads, the last caller after {seconds:.1f} s")
         if loads != 2 or figures.operations != (processes - 1) * callers:
             figures.problems.append(f"{loads} loads, {figures.operations} records")
+
+
+async def model(figures: Figures, binary: ServerBinary, *, examples: int = 3000) -> None:
+    """Let three clients change few records at once, with results that a model must explain."""
+    figures.most_growth = 64 * 1024 * 1024  # Hypothesis remembers its examples
+    with EmbeddedServer(binary) as server:
+        check = three_clients.check
+        figures.operations = await asyncio.to_thread(check, server.host, server.port, examples)
+        figures.notes.append(f"{examples} examples")
 
 
 async def mirror(figures: Figures, binary: ServerBinary, *, writes: int = 100_000) -> None:
