@@ -19,6 +19,7 @@ import redis as redis_py
 
 import dscache
 from dscache import _backend
+from dscache.core.notes import LEASE_SECONDS
 from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.soak import cluster_rows
 from tests.soak.figures import PATIENCE, Figures, until
@@ -109,6 +110,9 @@ async def crowd(
         figures.notes.append(f"{loads} loads, the last caller after {seconds:.1f} s")
         if loads != 2 or figures.operations != (processes - 1) * callers:
             figures.problems.append(f"{loads} loads, {figures.operations} records")
+        # Of the load that was killed, its lease, and the next load.
+        if seconds > 2 * _SECONDS_OF_LOAD + LEASE_SECONDS + 1:
+            figures.slow.append("a caller waited for longer than the loads and the lease")
 
 
 async def model(figures: Figures, binary: ServerBinary, *, examples: int = 3000) -> None:
