@@ -186,7 +186,9 @@ async def test_own_writes_of_each_kind_are_seen_at_once(near: Either) -> None:
 
 
 @ON_NEWEST
-async def test_if_version_on_what_the_near_cache_served(near: Either, redis: redis_py.Redis) -> None:
+async def test_if_version_on_what_the_near_cache_served(
+    near: Either, redis: redis_py.Redis
+) -> None:
     redis.mset({"n_v": 1, "n_d": '"first"'})
     served = await ready_to_serve(near, "n")
     assert await near.do("set", "n", 2, "second", if_version=served.version)

@@ -33,7 +33,9 @@ ADA = {"name": "Ada"}
 MISFIT = r"Expected `str`, got `int` - at `\$\.name`"
 
 
-PLACES = [(kind, place) for kind in ("AsyncCache", "Cache") for place in ("redis", "memory", "near")]
+PLACES = [
+    (kind, place) for kind in ("AsyncCache", "Cache") for place in ("redis", "memory", "near")
+]
 
 
 @pytest.fixture(params=PLACES, ids="-".join)
