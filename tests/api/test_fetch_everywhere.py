@@ -13,16 +13,13 @@ import redis as redis_py
 from dscache import Loaded, LoadError
 from dscache.core import notes
 from dscache.core.notes import note_of, state_of
-from dscache.embedded import EmbeddedServer
+from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.conftest import BY_AGE, SERVERS, _server_id
 from tests.support.clusters import ClusterGroup
 from tests.support.either import Either
 from tests.support.waiting import PATIENCE, until
 
-pytestmark = [
-    pytest.mark.parametrize("server", SERVERS[-1:], indirect=True, ids=_server_id),
-    pytest.mark.parametrize("binary", BY_AGE[-1:], indirect=True, ids=lambda one: one.name),
-]
+pytestmark = pytest.mark.parametrize("server", SERVERS[-1:], indirect=True, ids=_server_id)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "redis": {},
@@ -34,6 +31,12 @@ SHARED = pytest.mark.parametrize("place", ["redis", "near", "hashtag", "cluster"
 EVERYWHERE = pytest.mark.parametrize("place", ["redis", "near", "hashtag", "cluster", "memory"])
 
 Open = Callable[[], Any]
+
+
+@pytest.fixture(scope="module")
+def binary() -> ServerBinary:
+    """The servers of the cluster: the newest."""
+    return BY_AGE[-1]
 
 
 @pytest.fixture(params=["AsyncCache", "Cache"])
