@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 import redis as redis_py
@@ -35,13 +35,26 @@ _NO_RESULT, _UNKNOWN, _DONE, _MISSING = object(), object(), object(), object()
 
 @dataclass(frozen=True)
 class Call:
-    """One operation of one client; ``outcome`` is what the change of an update returns."""
+    """One operation of one client; ``outcome`` is what the change of an update returns.
+
+    As drawn, versions are relative to that of the record before the round.
+    """
 
     method: str
     name: str
     version: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     outcome: Any = None
+
+    def on(self, stored: Stored) -> Call:
+        """Return the operation with the versions for a record."""
+        version = 0 if stored is None else stored[0]
+        options = dict(self.options)
+        expected = options.get("if_version")
+        if expected is not None:
+            is_none = stored is None and expected == 0 and self.method == "set"
+            options["if_version"] = None if is_none else max(0, version + expected)
+        return replace(self, version=max(0, version + self.version), options=options)
 
     def issue(self, cache: Any, number: int) -> Any:
         """Issue it; its write has that number."""
@@ -107,16 +120,18 @@ class Round:
 
 
 def _calls() -> st.SearchStrategy[Call]:
-    names, versions = st.sampled_from(NAMES), st.integers(0, 3)
+    names = st.sampled_from([*NAMES, NAMES[0]])
+    expected, versions = st.sampled_from([0, 0, 1, -1]), st.sampled_from([1, 1, 2, 0])
     ttl = st.sampled_from([{}, {}, {"ttl": _TTL}])
     condition = st.one_of(
         st.just({}),
         st.just({"if_newer": True}),
-        st.fixed_dictionaries({"if_version": st.one_of(st.none(), versions)}),
+        st.fixed_dictionaries({"if_version": expected}),
+        st.fixed_dictionaries({"if_version": st.one_of(st.none(), expected)}),
     )
     options = st.builds(lambda one, other: one | other, condition, ttl)
     sets = st.builds(Call, st.just("set"), names, versions, options)
-    held = st.one_of(st.just({}), st.fixed_dictionaries({"if_version": versions}))
+    held = st.one_of(st.just({}), st.fixed_dictionaries({"if_version": expected}))
     removals = st.builds(Call, st.just("delete"), names, st.just(0), held)
     default = st.sampled_from([{}, {"default": []}])
     updates = st.builds(
@@ -135,8 +150,8 @@ _rounds = st.lists(
         st.one_of(st.none(), st.none(), st.sampled_from(NAMES)),
         st.one_of(
             st.none(),
-            st.tuples(st.integers(0, 500), st.just("requests")),
-            st.tuples(st.integers(0, 60), st.just("replies")),
+            st.tuples(st.integers(0, 300), st.just("requests")),
+            st.tuples(st.integers(0, 5), st.just("replies")),
         ),
     ),
     max_size=12,
@@ -185,10 +200,11 @@ async def _play(host: str, port: int, rounds: list[Round]) -> None:
                     if one.cut is not None and "if_newer" not in one.calls[2].options:
                         proxy.cut_after(*one.cut)
                     numbers = range(3 * number, 3 * number + 3)
+                    calls = [call.on(stored.get(call.name)) for call in one.calls]
                     issued = [
                         call.issue(cache, serial)
                         for call, cache, serial in zip(
-                            one.calls, (first, second, third), numbers, strict=True
+                            calls, (first, second, third), numbers, strict=True
                         )
                     ]
                     results = await asyncio.gather(*issued, return_exceptions=True)
@@ -198,10 +214,10 @@ async def _play(host: str, port: int, rounds: list[Round]) -> None:
                         await asyncio.sleep(0)
                     found = _stored(redis)
                     told = [_told(result) for result in results]
-                    issues = list(zip(one.calls, numbers, told, strict=True))
+                    issues = list(zip(calls, numbers, told, strict=True))
                     assert _explains(stored, issues, (None, None, None), found), (
                         stored,
-                        [str(call) for call in one.calls],
+                        [str(call) for call in calls],
                         results,
                         found,
                     )
