@@ -117,7 +117,7 @@ async def crowd(
 
 async def model(figures: Figures, binary: ServerBinary, *, examples: int = 3000) -> None:
     """Let three clients change few records at once, with results that a model must explain."""
-    figures.most_growth = 64 * 1024 * 1024  # Hypothesis remembers its examples
+    figures.most_growth = 256 * 1024 * 1024  # Hypothesis remembers its examples
     with EmbeddedServer(binary) as server:
         check = three_clients.check
         figures.operations = await asyncio.to_thread(check, server.host, server.port, examples)
