@@ -111,12 +111,14 @@ class Round:
     """An operation of each client at the same time.
 
     Before it, the record ``ended`` expires if it has a lifetime. During it, the connection of the
-    last client is cut after some bytes of requests or of replies.
+    last client is cut after some bytes of requests or of replies. If that one ``is_ahead``, the
+    others follow once it is cut.
     """
 
     calls: tuple[Call, Call, Call]
     ended: str | None
     cut: tuple[int, Any] | None
+    is_ahead: bool
 
 
 def _calls() -> st.SearchStrategy[Call]:
@@ -153,6 +155,7 @@ _rounds = st.lists(
             st.tuples(st.integers(0, 300), st.just("requests")),
             st.tuples(st.integers(0, 5), st.just("replies")),
         ),
+        st.booleans(),
     ),
     max_size=12,
 )
@@ -191,6 +194,7 @@ async def _play(host: str, port: int, rounds: list[Round]) -> None:
                 ThreadedCache(_opened(dscache.Cache, host, port), 1) as second,
                 _opened(dscache.AsyncCache, proxy.host, proxy.port) as third,
             ):
+                await third.when_ready()
                 stored: dict[str, Stored] = {}
                 for number, one in enumerate(rounds):
                     ended = stored.get(one.ended or "")
@@ -201,11 +205,13 @@ async def _play(host: str, port: int, rounds: list[Round]) -> None:
                         proxy.cut_after(*one.cut)
                     numbers = range(3 * number, 3 * number + 3)
                     calls = [call.on(stored.get(call.name)) for call in one.calls]
+                    last = asyncio.ensure_future(calls[2].issue(third, numbers[2]))
+                    # The others come between it and its repeat.
+                    while one.is_ahead and proxy.is_cut_due and not last.done():
+                        await asyncio.sleep(0)
                     issued = [
-                        call.issue(cache, serial)
-                        for call, cache, serial in zip(
-                            calls, (first, second, third), numbers, strict=True
-                        )
+                        *(calls[0].issue(first, numbers[0]), calls[1].issue(second, numbers[1])),
+                        last,
                     ]
                     results = await asyncio.gather(*issued, return_exceptions=True)
                     proxy.heal()
