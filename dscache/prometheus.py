@@ -1,7 +1,7 @@
 """Metrics of caches for Prometheus; requires the extra ``prometheus``.
 
-Nothing is counted here: each scrape calls ``stats()``. It may come from any thread, such as the one
-of ``prometheus_client.start_http_server``.
+An operation costs nothing more: each scrape calls ``stats()``. A scrape may come from any thread,
+such as the one of ``prometheus_client.start_http_server``.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def register(
 ) -> CacheCollector:
     """Export a cache's metrics in a registry, with the label ``cache`` set to ``name``.
 
-    Each cache of a registry needs its own name. Returns the registry's CacheCollector; its
-    ``remove`` ends the export. Raises ValueError if another cache has that name.
+    Each cache of a registry needs its own name. Returns the registry's CacheCollector. Its
+    ``remove(name)`` ends the export. Raises TypeError if ``cache`` is no cache, and ValueError if
+    another cache has that name.
     """
     collector = _registered.get(registry)
     if collector is None:
@@ -55,7 +56,11 @@ def register(
 
 
 class CacheCollector(Collector):
-    """A ``prometheus_client`` collector for caches, a mapping of their names to them."""
+    """A ``prometheus_client`` collector for caches.
+
+    ``caches`` is a mapping of name to AsyncCache or Cache. The names are values of the label
+    ``cache``.
+    """
 
     def __init__(self, caches: Mapping[str, AsyncCache | Cache] | None = None) -> None:
         self._caches: dict[str, AsyncCache | Cache] = dict(caches or {})
@@ -63,7 +68,8 @@ class CacheCollector(Collector):
     def add(self, cache: AsyncCache | Cache, name: str) -> None:
         """Export another cache.
 
-        Raises TypeError if it isn't one, and ValueError if a different cache has that name.
+        Raises TypeError if ``cache`` is no cache, and ValueError if a different cache has that
+        name.
         """
         if not isinstance(cache, CacheBase):
             raise TypeError(f"register needs an AsyncCache or a Cache, not {type(cache).__name__}")
@@ -79,7 +85,7 @@ class CacheCollector(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Return the current metrics of all caches."""
+        """Return the current metrics of all caches, for a scrape."""
         build = GaugeMetricFamily(
             f"{NAMESPACE}_build_info",
             "The version of dscache and its core, fast or pure; always 1.",
