@@ -121,6 +121,17 @@ class Round:
     is_ahead: bool
 
 
+@dataclass(frozen=True)
+class _Repeat:
+    """A step that is done again, as its reply was lost, and what the update had begun.
+
+    Redis compares versions alone. So a repeat takes a record for the one before if another client
+    has removed that, and has created it again with the same version.
+    """
+
+    begun: Any
+
+
 def _calls() -> st.SearchStrategy[Call]:
     names = st.sampled_from([*NAMES, NAMES[0]])
     expected, versions = st.sampled_from([0, 0, 1, -1]), st.sampled_from([1, 1, 2, 0])
@@ -201,7 +212,8 @@ async def _play(host: str, port: int, rounds: list[Round]) -> None:
                     if ended is not None and not ended[2]:
                         _expire(redis, str(one.ended))
                         del stored[str(one.ended)]
-                    if one.cut is not None and "if_newer" not in one.calls[2].options:
+                    is_cut = one.cut is not None and "if_newer" not in one.calls[2].options
+                    if one.cut is not None and is_cut:
                         proxy.cut_after(*one.cut)
                     numbers = range(3 * number, 3 * number + 3)
                     calls = [call.on(stored.get(call.name)) for call in one.calls]
@@ -221,7 +233,8 @@ async def _play(host: str, port: int, rounds: list[Round]) -> None:
                     found = _stored(redis)
                     told = [_told(result) for result in results]
                     issues = list(zip(calls, numbers, told, strict=True))
-                    assert _explains(stored, issues, (None, None, None), found), (
+                    repeating = 2 if is_cut else None
+                    assert _explains(stored, issues, (None, None, None), found, repeating), (
                         stored,
                         [str(call) for call in calls],
                         results,
@@ -271,21 +284,39 @@ def _explains(
     issues: Sequence[tuple[Call, int, Any]],
     begun: tuple[Any, ...],
     found: Mapping[str, Stored],
+    repeating: int | None,
 ) -> bool:
-    """Return whether some order of the steps that are left gives all results and records."""
+    """Return whether some order of the steps that are left gives all results and records.
+
+    The write or removal of the client ``repeating`` may be done twice if its condition holds twice.
+    """
     if all(one is _DONE for one in begun):
         return {name: one for name, one in records.items() if one is not None} == found
     for at, (call, number, told) in enumerate(issues):
-        if begun[at] is _DONE:
+        state = begun[at]
+        if state is _DONE:
             continue
-        after, following, result = call.step(records.get(call.name), begun[at], number)
+        is_repeat = isinstance(state, _Repeat)
+        before = state.begun if is_repeat else state
+        after, following, result = call.step(records.get(call.name), before, number)
         is_over = result is not _NO_RESULT
-        ways = []
-        if not is_over or told is _UNKNOWN or result == told:
-            ways.append(({**records, call.name: after}, _DONE if is_over else following))
+        ways: list[tuple[Mapping[str, Stored], Any]] = []
+        changed = {**records, call.name: after}
+        if is_repeat and (result is False or not is_over):
+            is_over = False  # it would say that it may have happened
+        elif not is_over or told is _UNKNOWN or result == told:
+            ways.append((changed, _DONE if is_over else following))
         if told is _UNKNOWN:
-            ways.append((dict(records), _DONE))  # it was not done
-        for others, state in ways:
-            if _explains(others, issues, (*begun[:at], state, *begun[at + 1 :]), found):
+            ways.append((records, _DONE))  # it was not done, or not again
+        if (
+            at == repeating
+            and is_over
+            and not is_repeat
+            and (before or "if_version" in call.options)
+        ):
+            ways.append((changed, _Repeat(before)))
+        for others, then in ways:
+            steps = (*begun[:at], then, *begun[at + 1 :])
+            if _explains(others, issues, steps, found, repeating):
                 return True
     return False
