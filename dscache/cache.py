@@ -25,7 +25,7 @@ from .core.changes import OMITTED, Omitted, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.fetch_terms import checked_names, no_load
 from .core.patches import patch_of
-from .errors import BulkError, ConfigError, ConnectionLost, UsageError
+from .errors import BulkError, ConfigError, ConnectionLost, UsageError, shorten
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -159,8 +159,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         may not have happened, the future fails with ConnectionLost or DeadlineExceeded; with
         ``if_newer`` it is safe to repeat.
         """
-        if if_newer and self._hot_paths:
-            self._warn_of_hot_paths((name,))
+        if if_newer:
+            if if_newer is not True:
+                failures.check_if_newer(f"set {shorten(name)}", if_newer)
+            if self._hot_paths:
+                self._warn_of_hot_paths((name,))
         operations = self._pipeline or self._open()
         done = operations.set(name, version, data, ttl, if_newer, if_version)
         if self._loads.checks.keeps_missing:
@@ -198,7 +201,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         """
         if type is not None:
             return self._typed_get_bulk(names, type)
-        return (self._pipeline or self._open()).get_bulk(names)
+        try:
+            return (self._pipeline or self._open()).get_bulk(names)
+        except TypeError as error:
+            failures.check_iterable("get_bulk", names, error)
+            raise
 
     def head_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, int]]:
         """Read versions; the result maps the names found to versions, in the order of ``names``.
@@ -206,7 +213,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         Raises RecordError at the call for a bad name; no version is read then. The future fails
         with BulkError if some versions can't be read; it has their errors and the other versions.
         """
-        return (self._pipeline or self._open()).head_bulk(names)
+        try:
+            return (self._pipeline or self._open()).head_bulk(names)
+        except TypeError as error:
+            failures.check_iterable("head_bulk", names, error)
+            raise
 
     def set_bulk(
         self,
@@ -226,8 +237,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         Raises RecordError at the call for a bad record; no record is written then. The future
         fails with BulkError, which has the errors, if a write failed.
         """
-        if if_newer and self._hot_paths:
-            self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
+        if if_newer:
+            if if_newer is not True:
+                failures.check_if_newer("set_bulk", if_newer)
+            if self._hot_paths:
+                self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
         done = (self._pipeline or self._open()).set_bulk(records, ttl, if_newer, if_version)
         if self._loads.checks.keeps_missing:
             self._end_notes(records, removed=False)
@@ -245,11 +259,16 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         with BulkError if some records can't be removed; it has their errors and the number of
         the others.
         """
-        if not self._loads.checks.keeps_missing:
-            return (self._pipeline or self._open()).delete_bulk(names, if_version)
-        names = names if isinstance(names, str | bytes) else list(names)
-        done = (self._pipeline or self._open()).delete_bulk(names, if_version)
-        self._end_notes(names, removed=True)
+        keeps_missing = self._loads.checks.keeps_missing
+        try:
+            if keeps_missing and not isinstance(names, str | bytes):
+                names = list(names)
+            done = (self._pipeline or self._open()).delete_bulk(names, if_version)
+        except TypeError as error:
+            failures.check_iterable("delete_bulk", names, error)
+            raise
+        if keeps_missing:
+            self._end_notes(names, removed=True)
         return done
 
     @overload
@@ -359,7 +378,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self, names: Iterable[str], type_: Any
     ) -> asyncio.Future[dict[str, Record]]:
         operations = self._pipeline or self._open()
-        checked = typed.checked(_backend.core.check_name, names)
+        try:
+            checked = typed.checked(_backend.core.check_name, names)
+        except TypeError as error:
+            failures.check_iterable("get_bulk", names, error)
+            raise
         waiter = self._loop.create_future()
         typed.get_bulk(operations, waiter, checked, type_)
         return waiter

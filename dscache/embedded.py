@@ -167,6 +167,17 @@ class EmbeddedServer:
         tls: TLSFiles | None = None,
         args: Sequence[str] = (),
     ) -> None:
+        if not (binary is None or isinstance(binary, ServerBinary)):
+            raise UsageError(
+                f"EmbeddedServer: binary must be one of find_servers(), not {binary!r}; leave it "
+                "out for the first server in PATH"
+            )
+        if type(port) is not int or not 0 <= port <= 65535:
+            raise UsageError(f"EmbeddedServer: port must be an int from 0 to 65535, not {port!r}")
+        if isinstance(args, str) or not all(isinstance(one, (str, os.PathLike)) for one in args):
+            raise UsageError(
+                'EmbeddedServer: args must be a list of texts, such as ["--maxmemory", "100mb"]'
+            )
         self.binary = binary or find_server()
         if tls and unix_socket:
             raise UsageError("EmbeddedServer: a unix socket can't have TLS: leave out one of them")

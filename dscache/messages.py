@@ -16,7 +16,8 @@ from ._cache import warn_of_dropped
 from .aio.lifecycle import AsyncResource, check_loop, check_process, close_dropped, running_loop
 from .config.messages import MessageConfig, load
 from .core import envelope, failures
-from .errors import ConnectError, MessageError, shorten
+from .errors import ConnectError, MessageError, UsageError, shorten
+from .net.credentials import check_provider
 from .pubsub.protocol import CHECKED_TOPICS, check
 from .pubsub.reach import Echoes, Receivers
 from .pubsub.subscribers import Callback, Messages, Subscriber
@@ -64,6 +65,14 @@ class MessageNode(AsyncResource):
         credentials: CredentialProvider | None = None,
         on_gap: Callable[[float, float], object] | None = None,
     ) -> None:
+        check_provider(credentials)
+        if not (on_gap is None or callable(on_gap)):
+            raise UsageError(f"on_gap must be a function, not {shorten(on_gap)}")
+        if not isinstance(config, MessageConfig):
+            raise UsageError(
+                f"MessageNode takes a MessageConfig, not {type(config).__name__}; "
+                "write MessageNode.from_config(...)"
+            )
         self._config = config
         self._credentials = credentials
         self.on_gap = on_gap
@@ -133,7 +142,10 @@ class MessageNode(AsyncResource):
         topic, and the other servers drop it. Raises MessageError at the call if it is bad, or if a
         server of deepstream could fail on it; ``unchecked`` allows the latter.
         """
-        prefix = self._direct_prefixes.get(server) or self._direct_prefix(server)
+        try:
+            prefix = self._direct_prefixes.get(server) or self._direct_prefix(server)
+        except TypeError:  # it has no hash
+            prefix = self._direct_prefix(server)
         return self._send(prefix, message, topic, unchecked)
 
     def subscribe(
@@ -153,6 +165,11 @@ class MessageNode(AsyncResource):
         a bad argument.
         """
         topic = envelope.check_topic(topic)
+        if not callable(callback):
+            raise MessageError(
+                f"topic {topic}: callback must be a function, not {shorten(callback)}; "
+                "messages() needs none"
+            )
         limit, policy = self._limits(max_pending, overflow)
         transport = self._ensure_open()
         disconnect = _weak(self._disconnect)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from . import _backend
-from ._cache import CacheBase
+from ._cache import check_cache, check_label
 from ._metrics import NAMESPACE, counters, gauges
 from ._version import __version__
 
@@ -46,6 +46,12 @@ def register(
     Each cache of a registry needs its own name. Returns the registry's CacheCollector; its
     ``remove`` ends the export. Raises ValueError if another cache has that name.
     """
+    check_cache("register", cache)
+    check_label("register", name, "registry")
+    if not isinstance(registry, CollectorRegistry):
+        raise TypeError(
+            f"register: registry must be a CollectorRegistry, not {type(registry).__name__}"
+        )
     collector = _registered.get(registry)
     if collector is None:
         collector = _registered[registry] = CacheCollector()
@@ -65,8 +71,8 @@ class CacheCollector(Collector):
 
         Raises TypeError if it isn't one, and ValueError if a different cache has that name.
         """
-        if not isinstance(cache, CacheBase):
-            raise TypeError(f"register needs an AsyncCache or a Cache, not {type(cache).__name__}")
+        check_cache("add", cache)
+        check_label("add", name, "registry")
         if self._caches.setdefault(name, cache) is not cache:
             raise ValueError(f'a cache "{name}" already exists; give each cache its own name')
 

@@ -26,7 +26,7 @@ from .core.changes import OMITTED, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.fetch_terms import checked_names, is_async, no_load, not_plain
 from .core.patches import patch_of
-from .errors import BulkError, ConnectionLost, DscacheError
+from .errors import BulkError, ConnectionLost, DscacheError, shorten
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -133,8 +133,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
         DeadlineExceeded if a write may or may not have happened; with ``if_newer`` it is safe to
         repeat.
         """
-        if if_newer and self._hot_paths:
-            self._warn_of_hot_paths((name,))
+        if if_newer:
+            if if_newer is not True:
+                failures.check_if_newer(f"set {shorten(name)}", if_newer)
+            if self._hot_paths:
+                self._warn_of_hot_paths((name,))
         run = self._run or self._open()
         done: bool = run("set", name, version, data, ttl, if_newer, if_version)
         if self._loads.checks.keeps_missing:
@@ -167,7 +170,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """
         if type is not None:
             return self._typed_get_bulk(names, type)
-        return (self._run or self._open())("get_bulk", names)
+        try:
+            return (self._run or self._open())("get_bulk", names)
+        except TypeError as error:
+            failures.check_iterable("get_bulk", names, error)
+            raise
 
     def head_bulk(self, names: Iterable[str]) -> dict[str, int]:
         """Return the versions of the records found, as a dict in the order of ``names``.
@@ -175,7 +182,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Raises RecordError for a bad name; no version is read then. Raises BulkError if some
         versions can't be read; it has their errors and the other versions.
         """
-        return (self._run or self._open())("head_bulk", names)
+        try:
+            return (self._run or self._open())("head_bulk", names)
+        except TypeError as error:
+            failures.check_iterable("head_bulk", names, error)
+            raise
 
     def set_bulk(
         self,
@@ -195,8 +206,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Raises RecordError for a bad record; no record is written then. Raises BulkError, which has
         the errors, if a write failed.
         """
-        if if_newer and self._hot_paths:
-            self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
+        if if_newer:
+            if if_newer is not True:
+                failures.check_if_newer("set_bulk", if_newer)
+            if self._hot_paths:
+                self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
         run = self._run or self._open()
         refused: builtins.set[str] = run("set_bulk", records, ttl, if_newer, if_version)
         if self._loads.checks.keeps_missing:
@@ -212,11 +226,16 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Raises RecordError for a bad name; no record is removed then. Raises BulkError if some
         records can't be removed; it has their errors and the number of the others.
         """
-        if not self._loads.checks.keeps_missing:
-            return (self._run or self._open())("delete_bulk", names, if_version)
-        names = names if isinstance(names, str | bytes) else list(names)
-        number: int = (self._run or self._open())("delete_bulk", names, if_version)
-        self._end_notes(names, removed=True)
+        keeps_missing = self._loads.checks.keeps_missing
+        try:
+            if keeps_missing and not isinstance(names, str | bytes):
+                names = list(names)
+            number: int = (self._run or self._open())("delete_bulk", names, if_version)
+        except TypeError as error:
+            failures.check_iterable("delete_bulk", names, error)
+            raise
+        if keeps_missing:
+            self._end_notes(names, removed=True)
         return number
 
     @overload
@@ -345,6 +364,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
             records = (self._run or self._open())("get_bulk", names)
         except BulkError as error:
             records, errors = error.result, error.errors
+        except TypeError as error:
+            failures.check_iterable("get_bulk", names, error)
+            raise
         return typed.all_with_type(records, errors, type_)
 
     @overload

@@ -240,7 +240,9 @@ class Connection(LoopBound):
         if not await wait_at_most(self._decided, timeout / 1000):
             down = self.pipeline.down
             if self._attempting and self.last_loss == "":  # the first attempt ends by now, too
-                down = as_connect_error(TimeoutError(), timeout, self._endpoint.tried)
+                down = as_connect_error(
+                    TimeoutError(), timeout, self._endpoint.tried, in_tls=self._endpoint.in_tls
+                )
             reason = f": {down}" if down else ""
             raise ConnectError(
                 f"no connection to {self.address} within {timeout} ms{reason}"
@@ -581,7 +583,9 @@ class Connection(LoopBound):
     def _failed(self, error: Exception) -> None:
         self._attempting = False
         self.pipeline.connection_lost(error, retry=True)
-        said = as_connect_error(error, self._options.connect_timeout, self._endpoint.tried)
+        endpoint = self._endpoint
+        timeout = self._options.connect_timeout
+        said = as_connect_error(error, timeout, endpoint.tried, in_tls=endpoint.in_tls)
         if self.pipeline.down is None or str(self.pipeline.down) != str(said):
             _logger.warning("can't connect to %s: %s", self.address, said)
         self.pipeline.down = said

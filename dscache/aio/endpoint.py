@@ -102,6 +102,11 @@ class Endpoint:
         """The addresses that the last attempt has tried in vain, each with its reason."""
         return self._attempt.tried
 
+    @property
+    def in_tls(self) -> bool:
+        """Whether the last attempt has come to the TLS handshake, and no further."""
+        return self._attempt.in_tls
+
     def move(self, address: tuple[str, int] | None, until: float) -> None:
         """Open sockets to another address until then, by the loop's time; None for the usual one.
 
@@ -159,6 +164,7 @@ class Endpoint:
             sock = await connect_to(found, self._attempt)
             self._peer = str(sock.getpeername()[0])
         # From here on the loop closes the socket, whatever happens.
+        self._attempt.in_tls = bool(tls)
         with tls_handshake() if tls else nullcontext():
             await create(
                 lambda: protocol,
@@ -166,6 +172,7 @@ class Endpoint:
                 ssl=context,
                 server_hostname=(tls.servername or host) if tls else None,
             )
+        self._attempt.in_tls = False
         if tls:
             # With TLS 1.3 a server refuses the client's certificate behind the handshake. The
             # alert is read here, before a write fails on the socket that the server has closed.

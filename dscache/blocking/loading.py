@@ -12,6 +12,7 @@ from weakref import ref
 
 from ..core import loading, notes
 from ..core.changes import PLAIN
+from ..core.failures import of_call
 from ..core.fetch_terms import Checks, Terms, not_plain
 from ..core.flights import Flight
 from ..core.holder import GLANCE, Holder
@@ -78,7 +79,11 @@ class Loads:
         aged: list[str] = []
         if terms.refresh_after is not None:
             aged = [name for name in names if not self.checks.is_recent(name)]
-        found = run("get_bulk", [*names, *map(note_of, aged)])
+        try:
+            found = run("get_bulk", [*names, *map(note_of, aged)])
+        except DscacheError as error:
+            of_call(error, "fetch_bulk")
+            raise
         records = {name: found[name] for name in names if name in found}
 
         def load(wanted: tuple[str, ...]) -> object:

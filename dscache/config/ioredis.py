@@ -42,8 +42,9 @@ NO_EFFECT_OUTSIDE: Final = {
     "sentinelRetryStrategy": _NOT_FOR_SENTINEL,
     "updateSentinels": _NOT_FOR_SENTINEL,
 }
-# Options that would lead to another server if they were ignored, with the remedy.
+# Options that would lead to another server or login if they were ignored, with the remedy.
 UNSUPPORTED: Final = {
+    "credentials": "write username and password; a provider is an argument, credentials=...",
     "enableTLSForSentinelMode": "the Sentinels are queried without TLS",
     "useSRVRecords": "give the nodes' own hosts and ports",
 }

@@ -14,7 +14,7 @@ from .._seconds import Lifetime, whole_seconds
 from ..errors import RecordError, shorten
 from . import constants as c
 from .entries import unique
-from .failures import bad_ttl
+from .failures import bad_ttl, check_iterable
 from .keys import NOTE_SUFFIX
 from .notes import note_of
 
@@ -125,7 +125,11 @@ def name_of_note(operation: str, name: str) -> RecordError:
 
 def checked_names(operation: str, names: Iterable[str]) -> list[str]:
     """Return the names of a bulk, each once; raises RecordError for a bad one."""
-    checked = list(unique(operation, names))
+    try:
+        checked = list(unique(operation, names))
+    except TypeError as error:
+        check_iterable(operation, names, error)
+        raise
     for name in checked:
         if name.endswith(NOTE_SUFFIX):
             raise name_of_note(operation, name)

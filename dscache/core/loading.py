@@ -381,16 +381,17 @@ def _load(held: dict[str, int], terms: Terms, outcome: Outcome, *, refresh: bool
     def renewal(waits: list[str]) -> Do:
         return _write_notes(_lease(waits), LEASE_SECONDS, tokens)
 
+    said = ""
     try:
         loaded = yield Load(wanted, renewal)
         if not isinstance(loaded, Mapping):
-            raise TypeError(
-                f"load_many must return a mapping of name to data, not {type(loaded).__name__}"
-            )
+            wanted_kind = "load_many must return a mapping of name to data"
+            said = f"returned {type(loaded).__name__}; {wanted_kind}"
+            raise TypeError(f"{wanted_kind}, not {type(loaded).__name__}")
     except Exception as error:
         for name in wanted:
             del held[name]
-        said = f"raised {type(error).__name__}"
+        said = said or f"raised {type(error).__name__}"
         yield from _fail(tokens, terms, outcome, error, said, refresh=refresh)
     else:
         yield from _store(held, wanted, loaded, found, terms, outcome, refresh=refresh)
@@ -498,7 +499,8 @@ def _store(
             record = record_of(name, loaded[name], base)
         except RecordError as error:
             token = {name: held.pop(name)}
-            said = "returned data that can't be stored"
+            reason = str(error).removeprefix(f"record {shorten(name)}: ")
+            said = f"returned data that can't be stored: {reason}"
             yield from _fail(token, terms, outcome, error, said, refresh=refresh)
             continue
         # A source that is behind what Redis holds moves no record back.

@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import msgspec
 
+from ..core.failures import closed
 from ..errors import UsageError, shorten
 from .arrivals import Arrivals
 from .cluster import ClusterMember
@@ -54,6 +55,7 @@ class Presence:
 
     def __init__(self, member: ClusterMember) -> None:
         self._member = member
+        self._is_closed = False
         # Weak references: an iterator that its consumer drops needs no more changes.
         self._changes: WeakSet[PresenceChanges] = WeakSet()
         member.users.changed.append(self._report)
@@ -64,11 +66,13 @@ class Presence:
         It waits until the other servers have told theirs: at most a second after the peer was
         opened, or connected again.
         """
+        self._check_open()
         await self._settle()
         return self._member.users.names()
 
     async def is_online(self, user: str) -> bool:
         """Return whether a user is online, as ``users`` does. Raises UsageError for no text."""
+        self._check_open()
         if not isinstance(user, str):
             raise UsageError(f"is_online: a user must be a text, not {shorten(user)}")
         await self._settle()
@@ -81,6 +85,7 @@ class Presence:
         report. In the first second of a peer, servers still tell the users that are online
         already, and these are reported too. A user of several servers goes with the last one.
         """
+        self._check_open()
         opened = PresenceChanges(self._changes.discard)
         self._changes.add(opened)
         return opened
@@ -89,8 +94,13 @@ class Presence:
         for one in list(self._changes):
             one.put(user, is_online)
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise closed("peer")
+
     def close(self) -> None:
         """End all iterations."""
+        self._is_closed = True
         for one in list(self._changes):
             one.close()
 

@@ -289,20 +289,38 @@ def test_address(source: str, address: str) -> None:
             {"cache": {"name": "redis", "options": {5: 1}}},
             "mapping: cache.options: the name of an option must be text, not a number",
         ),
-        (
-            "otherhost",
-            "otherhost: a configuration is a file ending in .yml, .yaml, .json, a mapping, "
-            "host:port, or a URL (redis://, rediss:// or unix://)",
-        ),
-        (
-            f"user:{SECRET}@h:6379",
-            "h:6379: a configuration is a file ending in .yml, .yaml, .json, a mapping, "
-            "host:port, or a URL (redis://, rediss:// or unix://)",
-        ),
     ],
 )
 def test_no_cache_entry(source: Any, message: str) -> None:
     assert refusal(load, source) == message
+
+
+@pytest.mark.parametrize(
+    ("source", "shown", "remedy"),
+    [
+        ("otherhost", "otherhost", "; for a server of this name write otherhost:6379"),
+        ("127.0.0.1", "127.0.0.1", "; for a server at this address write 127.0.0.1:6379"),
+        ("::1", "::1", "; for a server at this address write [::1]:6379"),
+        ("memory", "memory", '; for a cache in memory write {"name": "memory"}'),
+        ("h:6379 ", "h:6379 ", "; leave out the space around it"),
+        (f"user:{SECRET}@h:6379", "h:6379", "; begin a URL with redis://"),
+        ("config.toml", "config.toml", ""),
+    ],
+)
+def test_a_word_that_is_no_source(source: str, shown: str, remedy: str) -> None:
+    assert refusal(load, source) == (
+        f"{shown}: a configuration is a file ending in .yml, .yaml, .json, a mapping, "
+        f"host:port, or a URL (redis://, rediss:// or unix://){remedy}"
+    )
+
+
+def test_an_unset_variable_as_the_source() -> None:
+    unset = "; is the variable set that it comes from?"
+    for source in ("", " "):
+        assert refusal(load, source) == f"the configuration is an empty text{unset}"
+    assert refusal(load, None) == (
+        f"the configuration must be a path, a mapping or a URL, not NoneType{unset}"
+    )
 
 
 # Unreadable files
@@ -1479,6 +1497,9 @@ def test_url(url: str, expected: dict[str, Any]) -> None:
 
 ESCAPE = "write the special characters of the password percent-encoded (@ %40, / %2F, # %23)"
 UNREADABLE = f"the host or the port can't be read; {ESCAPE}"
+BAD_PORT = "the port must be a whole number from 1 to 65535"
+BRACKETS = "an IPv6 address is written in brackets, as in redis://[::1]:6379"
+SOCKET = "a socket's path begins with a third slash: unix:///run/redis.sock"
 SPILLED = f"an @ or # is in the wrong place; {ESCAPE}"
 DATABASE = "the path must be the number of a database, as in redis://host/3"
 
@@ -1488,10 +1509,18 @@ DATABASE = "the path must be the number of a database, as in redis://host/3"
     [
         (f"http://:{SECRET}@h", "must begin with redis://, rediss:// or unix://, not http://"),
         (f"{SECRET}://h", "must begin with redis://, rediss:// or unix://"),
-        (f"redis://{SECRET}:x", UNREADABLE),
-        (f"unix://:{SECRET}/run/x", UNREADABLE),
-        ("redis://h:99999", UNREADABLE),
-        ("redis://[::1", UNREADABLE),
+        (f"redis://{SECRET}:x", f"{BAD_PORT}; a password is followed by @ and the host"),
+        (f"redis://:{SECRET}", f"{BAD_PORT}; a password is followed by @ and the host"),
+        (f"redis://user:{SECRET}@h:port", BAD_PORT),
+        (f"redis://:{SECRET}@h:70000/1", BAD_PORT),
+        ("redis://h:99999", f"{BAD_PORT}; a password is followed by @ and the host"),
+        ("redis://[::1", BRACKETS),
+        ("redis://::1", BRACKETS),
+        ("redis://::1:6379/0", BRACKETS),
+        (f"redis://:{SECRET}@fe80::1:6379", BRACKETS),
+        ("redis://h:6379 ", "begins or ends with a space; leave it out"),
+        (" redis://h:6379/0", "begins or ends with a space; leave it out"),
+        (f"unix://:{SECRET}/run/x", SOCKET),
         (f"redis://:{SECRET}/x@h:1", UNREADABLE),
         (f"redis://:1/{SECRET}@h:1", SPILLED),
         (f"redis://:1?{SECRET}@h:1", SPILLED),
@@ -1533,11 +1562,8 @@ DATABASE = "the path must be the number of a database, as in redis://host/3"
             "the query option ssl_cert_reqs must be none, optional or required",
         ),
         ("redis://h?ssl_cert_reqs=none", "the ssl_ options need a URL that begins with rediss://"),
-        (
-            f"unix://{SECRET}/run/x",
-            "a socket's path begins with a third slash: unix:///run/redis.sock",
-        ),
-        ("unix://", "a socket's path begins with a third slash: unix:///run/redis.sock"),
+        (f"unix://{SECRET}/run/x", SOCKET),
+        ("unix://", SOCKET),
     ],
 )
 def test_bad_url(url: str, message: str) -> None:
