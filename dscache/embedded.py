@@ -168,9 +168,11 @@ class EmbeddedServer:
         args: Sequence[str] = (),
     ) -> None:
         if not (binary is None or isinstance(binary, ServerBinary)):
+            remedy = "leave it out for the first server in PATH"
+            if isinstance(binary, int):
+                remedy = f"write port={binary}"
             raise UsageError(
-                f"EmbeddedServer: binary must be one of find_servers(), not {binary!r}; leave it "
-                "out for the first server in PATH"
+                f"EmbeddedServer: binary must be one of find_servers(), not {binary!r}; {remedy}"
             )
         if type(port) is not int or not 0 <= port <= 65535:
             raise UsageError(f"EmbeddedServer: port must be an int from 0 to 65535, not {port!r}")

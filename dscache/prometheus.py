@@ -64,7 +64,13 @@ class CacheCollector(Collector):
     """A ``prometheus_client`` collector for caches, a mapping of their names to them."""
 
     def __init__(self, caches: Mapping[str, AsyncCache | Cache] | None = None) -> None:
-        self._caches: dict[str, AsyncCache | Cache] = dict(caches or {})
+        self._caches: dict[str, AsyncCache | Cache] = {}
+        if not isinstance(caches, Mapping | None):
+            raise TypeError(
+                f"CacheCollector takes a mapping of names to caches, not {type(caches).__name__}"
+            )
+        for name, cache in (caches or {}).items():
+            self.add(cache, name)
 
     def add(self, cache: AsyncCache | Cache, name: str) -> None:
         """Export another cache.

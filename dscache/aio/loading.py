@@ -79,6 +79,8 @@ class Loads:
             aged = [name for name in names if not self.checks.is_recent(name)]
         try:
             found = await entry.get_bulk([*names, *map(note_of, aged)])
+        except BulkError as error:
+            raise loading.bulk_failure(error, names) from error.__cause__
         except DscacheError as error:
             of_call(error, "fetch_bulk")
             raise

@@ -586,6 +586,15 @@ def _spread(names: Iterable[str], seconds: int, terms: Terms) -> dict[int, list[
     return spread
 
 
+def bulk_failure(error: BulkError, names: Iterable[str]) -> BulkError:
+    """Return the error of a ``fetch_bulk`` whose read of records and notes has failed in part."""
+    errors: dict[str, Exception] = {}
+    for name, reason in error.errors.items():
+        errors.setdefault(name.removesuffix(NOTE_SUFFIX), reason)
+    found = {name: error.result[name] for name in names if name in error.result}
+    return BulkError("fetch_bulk", errors, found)
+
+
 def due_names(
     found: Mapping[str, Any], names: Iterable[str], checks: Checks, terms: Terms
 ) -> dict[str, Any]:

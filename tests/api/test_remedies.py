@@ -187,6 +187,22 @@ async def test_what_a_load_of_many_must_return(kind: str, source: dict[str, Any]
             await either.do("fetch", "unfit", lambda name: object(), ttl=1)
 
 
+@KINDS
+async def test_a_bulk_that_is_damaged_in_part(
+    kind: str, server: EmbeddedServer, backend: str, redis: redis_py.Redis
+) -> None:
+    """Its error knows no notes, which are read with the records."""
+    redis.mset({"a_v": "x", "a_d": "1", "b_v": "2", "b_d": "2"})
+    async with Either(kind, url=server.url) as either:
+        await either.do("fetch_bulk", ["b"], lambda names: {}, ttl=3, refresh_after=2)
+        await either.do("fetch", "c", lambda name: 3, ttl=3, refresh_after=2)
+    async with Either(kind, url=server.url) as either:
+        with pytest.raises(BulkError, match="^fetch_bulk: 1 of the records failed") as caught:
+            await either.do("fetch_bulk", ["a", "b", "c"], dict.fromkeys, ttl=3, refresh_after=2)
+        assert caught.value.errors.keys() == {"a"}
+        assert caught.value.result.keys() == {"b", "c"}
+
+
 # -- the server of a cache
 
 
@@ -408,6 +424,14 @@ def test_what_is_no_cache_has_no_metrics() -> None:
             "register: registry must be a CollectorRegistry, not NoneType",
         ),
         (
+            lambda: prometheus.CacheCollector(registry),
+            "CacheCollector takes a mapping of names to caches, not CollectorRegistry",
+        ),
+        (
+            lambda: prometheus.CacheCollector({"a": wrong}),
+            "add needs an AsyncCache or a Cache, not NoneType",
+        ),
+        (
             lambda: otel.observe(cache, wrong),
             "observe: name must be a str, not NoneType; write meter_provider=... for that",
         ),
@@ -424,6 +448,7 @@ def test_what_is_no_cache_has_no_metrics() -> None:
     ("arguments", "said"),
     [
         ({"binary": "/bin/nope"}, "binary must be one of find_servers(), not '/bin/nope'"),
+        ({"binary": 6379}, "binary must be one of find_servers(), not 6379; write port=6379"),
         ({"port": "6379"}, "port must be an int from 0 to 65535, not '6379'"),
         ({"port": 70000}, "port must be an int from 0 to 65535, not 70000"),
         ({"args": "--save 60"}, "args must be a list of texts"),
