@@ -734,6 +734,20 @@ def field(found: Options, line: str) -> object:
         ("prot: 1", 'prot: unknown option, did you mean "port"?'),
         ("key_prefix: a", 'key_prefix: unknown option, did you mean "keyPrefix"?'),
         ("HOST: a", 'HOST: unknown option, did you mean "host"?'),
+        (
+            "socket_timeout: 1",
+            'socket_timeout: unknown option, did you mean "commandTimeout", in milliseconds?',
+        ),
+        (
+            "timeout: 1",
+            'timeout: unknown option, did you mean "commandTimeout", in milliseconds?',
+        ),
+        ("auth: x", 'auth: unknown option, did you mean "password"?'),
+        ("ssl: true", 'ssl: unknown option, did you mean "tls"?'),
+        (
+            "encoding: x",
+            "encoding: unknown option, leave it out; it has no counterpart here",
+        ),
         ("uri: a", 'uri: unknown option, did you mean "url"?'),
         ("lazyConect: true", 'lazyConect: unknown option, did you mean "lazyConnect"?'),
         ("retryStrategy: 500", "retryStrategy: must be a mapping of options, not a number"),
