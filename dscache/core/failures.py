@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from copy import copy
 from datetime import timedelta
@@ -36,7 +35,7 @@ _IN_SCRIPTS: Final = ("READONLY", "NOREPLICAS")
 # An error reply names a refused command within so many characters, before any argument.
 _NAMED: Final = 80
 # The first words of descriptions of operations.
-_STEPS: Final = "get|head|set|delete|read|update"
+_STEPS: Final = ("get", "head", "set", "delete", "read", "update")
 
 ErrorOf = Callable[[str], Exception]
 """Makes an operation's error from its description: every waiter gets an error of its own."""
@@ -240,15 +239,21 @@ def of_call(error: Exception, call: str, name: str | None = None) -> None:
     if not error.args or not isinstance(error.args[0], str):
         return
     text = error.args[0]
-    shown = call if name is None else f"{call} {shorten(name)}"
-    names = () if name is None else (name, name + NOTE_SUFFIX)
-    records = "|".join(re.escape(shorten(one)) for one in names)
-    step = rf"(?:{_STEPS})(?:_bulk|\ (?:{records}))(?=: |\ at )"
-    found = re.match(step, text)
-    if found is None and isinstance(error, ReplyError):
-        found = re.compile(rf"(?<=\(){step}").search(text, len(error.message))
-    if found is not None:
-        error.args = (text[: found.start()] + shown + text[found.end() :], *error.args[1:])
+    start = 0
+    if isinstance(error, ReplyError):  # its context, which may begin with redirections
+        start = text.find("(", len(error.message)) + 1
+        if text.startswith("redirected ", start):
+            start = text.rfind(") (") + len(") (")
+    subjects = ["_bulk"]
+    if name is not None:
+        call = f"{call} {shorten(name)}"
+        subjects += [f" {shorten(one)}" for one in (name, name + NOTE_SUFFIX)]
+    for subject in subjects:
+        for word in _STEPS:
+            end = start + len(word) + len(subject)
+            if text.startswith(word + subject, start) and text.startswith((": ", " at "), end):
+                error.args = (text[:start] + call + text[end:], *error.args[1:])
+                return
 
 
 def _doubt_of(operation: str) -> str:
