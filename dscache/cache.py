@@ -161,7 +161,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         """
         if if_newer:
             if if_newer is not True:
-                failures.check_if_newer(f"set {shorten(name)}", if_newer)
+                failures.check_if_newer(f"record {shorten(name)}", if_newer)
             if self._hot_paths:
                 self._warn_of_hot_paths((name,))
         operations = self._pipeline or self._open()
@@ -672,7 +672,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
             raise no_load("fetch_bulk", "load_many", load_many)
         if type is not None:
             typed.check_type(type)
-        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
+        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing, "fetch_bulk")
         entry = self._pipeline or self._open()
         checked = checked_names("fetch_bulk", names)
         reads = self._loads.fetch_bulk(entry, checked, load_many, terms)

@@ -135,7 +135,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """
         if if_newer:
             if if_newer is not True:
-                failures.check_if_newer(f"set {shorten(name)}", if_newer)
+                failures.check_if_newer(f"record {shorten(name)}", if_newer)
             if self._hot_paths:
                 self._warn_of_hot_paths((name,))
         run = self._run or self._open()
@@ -657,7 +657,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
             raise not_plain("fetch_bulk", "load_many")
         if type is not None:
             typed.check_type(type)
-        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
+        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing, "fetch_bulk")
         run = self._run or self._open()
         checked = checked_names("fetch_bulk", names)
         if type is None:

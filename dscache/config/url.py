@@ -105,7 +105,8 @@ def _flaw_of_server(url: str) -> str:
     server = server.rpartition("@")[2]
     if "[" in server or "]" in server or re.fullmatch(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:\S*", server):
         return "an IPv6 address is written in brackets, as in redis://[::1]:6379"
-    remedy = "" if "@" in url else "; a password is followed by @ and the host"
+    is_number = server.rpartition(":")[2].isdecimal()
+    remedy = "" if is_number or "@" in url else "; a password is followed by @ and the host"
     return f"the port must be a whole number from 1 to 65535{remedy}"
 
 

@@ -236,7 +236,7 @@ def of_call(error: Exception, call: str, name: str | None = None) -> None:
 
     ``call`` is such as ``update``, and ``name`` its record, or None of a bulk.
     """
-    if not error.args or not isinstance(error.args[0], str):
+    if not error.args or not isinstance(error.args[0], str) or not isinstance(name, str | None):
         return
     text = error.args[0]
     start = 0
