@@ -25,7 +25,7 @@ from ..core.failures import EndedHere, ErrorOf
 from ..core.refusals import settle_doubts
 from ..errors import ConnectError, ConnectionLost, ProtocolError
 from ..net.backoff import half_jitter
-from ..net.connect_errors import as_connect_error, permanent_failure
+from ..net.connect_errors import IF_PLAIN, as_connect_error, permanent_failure
 from ..net.credentials import Hidden, Word
 from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
@@ -132,6 +132,7 @@ class Connection(LoopBound):
             may_be_proxy=cluster is None and inbox is None and options.sentinels is None,
             announcements=announcements,
         )
+        self._endpoint.on_tls = self._on_tls
         self._endpoint.credentials.on_renewal(self._log_in_again, options.address)
         self.pipeline: Pipeline = _backend.core.Pipeline(
             self._loop.create_future,
@@ -539,6 +540,10 @@ class Connection(LoopBound):
             self.leave(f"the Sentinels name another primary, {self._endpoint.named}")
 
     # -- changes of state
+
+    def _on_tls(self) -> None:
+        if not self._connects and self.last_loss == "":
+            self.pipeline.down = ConnectError(f"still in the TLS handshake{IF_PLAIN}")
 
     def _on_connected(self, link: SocketProtocol, greeting: ServerInfo) -> None:
         self.link = link

@@ -37,6 +37,10 @@ Ask = Callable[..., Awaitable[list[Any]]]
 """Sends commands (sequences of words) at once; returns the replies, error replies included."""
 
 
+def _nothing() -> None:
+    """Do nothing: the default of ``on_tls``."""
+
+
 class Endpoint:
     """One server as the configuration names it: by address, by path, or by its Sentinels.
 
@@ -73,6 +77,8 @@ class Endpoint:
         self._useless = UselessAddresses()
         self._attempt = SocketConnect(self._useless)
         self._closed = ClosedHandshakes(tls=bool(options.tls)) if may_be_proxy else None
+        self.on_tls: Callable[[], object] = _nothing
+        """Called when a TLS handshake begins."""
         self.address = options.address
         self.named = options.address
         """The address that the Sentinels named last."""
@@ -164,7 +170,9 @@ class Endpoint:
             sock = await connect_to(found, self._attempt)
             self._peer = str(sock.getpeername()[0])
         # From here on the loop closes the socket, whatever happens.
-        self._attempt.in_tls = bool(tls)
+        if tls:
+            self._attempt.in_tls = True
+            self.on_tls()
         with tls_handshake() if tls else nullcontext():
             await create(
                 lambda: protocol,

@@ -240,6 +240,18 @@ async def test_a_database_that_the_server_lacks(
         await either.do("close")
 
 
+async def test_a_database_that_the_server_of_a_node_lacks(
+    server: EmbeddedServer, backend: str
+) -> None:
+    node = dscache.MessageNode.from_config(server.url, db=99)
+    with pytest.raises(ReplyError, match=r"^ERR DB index is out of range .*choose a smaller db"):
+        await node.when_ready()
+    await asyncio.sleep(0)
+    with pytest.raises(ReplyError, match=r"^ERR DB index is out of range .*choose a smaller db"):
+        await node.when_ready()
+    await node.close()
+
+
 @KINDS
 async def test_tls_to_a_server_without(kind: str, backend: str) -> None:
     """A server may wait for more of what it takes for a command."""
@@ -259,7 +271,14 @@ async def test_tls_to_a_server_without(kind: str, backend: str) -> None:
                 await either.do(*call)
     finally:
         await either.do("close")
-        listener.close()
+    if kind == "AsyncCache":  # the first operation may end before the first attempt to connect
+        either = Either(kind, url=f"rediss://127.0.0.1:{port}", commandTimeout=100)
+        with pytest.raises(
+            ConnectError, match=r": still in the TLS handshake; if it speaks no TLS"
+        ):
+            await either.do("get", "a")
+        await either.do("close")
+    listener.close()
 
 
 @KINDS
