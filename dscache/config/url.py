@@ -47,6 +47,8 @@ def parse(url: str, place: Location) -> ParsedUrl:
     if HOST_AND_PORT.fullmatch(url):
         bare_host, _, bare_port = url.rpartition(":")
         return ParsedUrl({"host": bare_host.strip("[]"), "port": bare_port}, url)
+    if url.strip(" ") != url:
+        raise place.error("begins or ends with a space; leave it out")
     # Valkey's tools use these for the same thing.
     if (alias := re.match(r"valkey(s?)://", url, re.IGNORECASE)) is not None:
         url = f"redis{alias[1].lower()}://{url[alias.end() :]}"
@@ -58,8 +60,6 @@ def parse(url: str, place: Location) -> ParsedUrl:
     if scheme.lower() not in ("redis", "rediss", "unix"):
         named = f", not {scheme}://" if scheme.isalnum() and len(scheme) <= 20 else ""
         raise place.error(f"must begin with {SCHEMES}{named}")
-    if url.strip(" ") != url:
-        raise place.error("begins or ends with a space; leave it out")
     try:
         parts = urlsplit(url)
         port = parts.port
