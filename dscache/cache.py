@@ -160,8 +160,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         ``if_newer`` it is safe to repeat.
         """
         if if_newer:
-            if if_newer is not True:
-                failures.check_if_newer(f"record {shorten(name)}", if_newer)
+            if if_newer != 1:
+                raise failures.bad_if_newer(f"record {shorten(name)}", if_newer)
             if self._hot_paths:
                 self._warn_of_hot_paths((name,))
         operations = self._pipeline or self._open()
@@ -238,8 +238,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         fails with BulkError, which has the errors, if a write failed.
         """
         if if_newer:
-            if if_newer is not True:
-                failures.check_if_newer("set_bulk", if_newer)
+            if if_newer != 1:
+                raise failures.bad_if_newer("set_bulk", if_newer)
             if self._hot_paths:
                 self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
         done = (self._pipeline or self._open()).set_bulk(records, ttl, if_newer, if_version)

@@ -167,12 +167,13 @@ class EmbeddedServer:
         tls: TLSFiles | None = None,
         args: Sequence[str] = (),
     ) -> None:
-        if not (binary is None or isinstance(binary, ServerBinary)):
+        given: object = binary
+        if not (given is None or isinstance(given, ServerBinary)):
             remedy = "leave it out for the first server in PATH"
-            if isinstance(binary, int):
-                remedy = f"write port={binary}"
+            if isinstance(given, int):
+                remedy = f"write port={given}"
             raise UsageError(
-                f"EmbeddedServer: binary must be one of find_servers(), not {binary!r}; {remedy}"
+                f"EmbeddedServer: binary must be one of find_servers(), not {given!r}; {remedy}"
             )
         if type(port) is not int or not 0 <= port <= 65535:
             raise UsageError(f"EmbeddedServer: port must be an int from 0 to 65535, not {port!r}")

@@ -134,8 +134,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         repeat.
         """
         if if_newer:
-            if if_newer is not True:
-                failures.check_if_newer(f"record {shorten(name)}", if_newer)
+            if if_newer != 1:
+                raise failures.bad_if_newer(f"record {shorten(name)}", if_newer)
             if self._hot_paths:
                 self._warn_of_hot_paths((name,))
         run = self._run or self._open()
@@ -207,8 +207,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         the errors, if a write failed.
         """
         if if_newer:
-            if if_newer is not True:
-                failures.check_if_newer("set_bulk", if_newer)
+            if if_newer != 1:
+                raise failures.bad_if_newer("set_bulk", if_newer)
             if self._hot_paths:
                 self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
         run = self._run or self._open()

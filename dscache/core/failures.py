@@ -115,10 +115,9 @@ def bad_version(name: str, version: object) -> RecordError:
     )
 
 
-def check_if_newer(subject: str, if_newer: object) -> None:
-    """Raise RecordError for an ``if_newer`` that is true, as any text is, and not True."""
-    if if_newer != 1:
-        raise RecordError(f"{subject}: if_newer must be True or False, not {shorten(if_newer)}")
+def bad_if_newer(subject: str, if_newer: object) -> RecordError:
+    """Return the error for an ``if_newer`` that is true, as any text is, and not True."""
+    return RecordError(f"{subject}: if_newer must be True or False, not {shorten(if_newer)}")
 
 
 def check_ttl(name: str, ttl: object) -> int:

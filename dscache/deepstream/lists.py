@@ -27,9 +27,10 @@ class Lists:
 
     async def set(self, name: str, entries: list[str]) -> Record:
         """Replace the entries of a list, and tell the subscribers."""
-        if isinstance(entries, (str, bytes)) or not isinstance(entries, Iterable):
-            raise UsageError(f"set: entries must be a list of texts, not {shorten(entries)}")
-        entries = list(entries)
+        given: object = entries
+        if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+            raise UsageError(f"set: entries must be a list of texts, not {shorten(given)}")
+        entries = list(given)
         for entry in entries:
             _check_entry("set", entry)
         return await self._records.set(name, entries)

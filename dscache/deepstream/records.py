@@ -241,13 +241,7 @@ class Records:
         For records that another program has written, deleted or let expire.
         """
         self._check_open()
-        try:
-            wanted = [names] if isinstance(names, str) else list(names)
-        except TypeError as error:
-            check_iterable("notify", names, error)
-            raise
-        if isinstance(names, bytes):
-            raise bad_names("notify", names)
+        wanted = _listed("notify", names)
         for name in wanted:
             _backend.core.check_name(name)
         for start in range(0, len(wanted), _BATCH):
@@ -516,6 +510,19 @@ class Records:
             "records_untold": len(self._untold),
             "records_reconciled": self.reconciled,
         }
+
+
+def _listed(operation: str, names: Any) -> list[str]:
+    """Return names as a list; raises RecordError for no names."""
+    if isinstance(names, str):
+        return [names]
+    if isinstance(names, bytes):
+        raise bad_names(operation, names)
+    try:
+        return list(names)
+    except TypeError as error:
+        check_iterable(operation, names, error)
+        raise
 
 
 def _record_text(name: str, data: Any) -> bytes:

@@ -31,10 +31,12 @@ from dscache.errors import (
     UsageError,
 )
 from dscache.key_value import RecordStore
-from tests.conftest import PATIENT
+from tests import conftest
 from tests.support.either import Either
 from tests.support.faults import FakeServer
 
+# Options by keyword, as of any type.
+PATIENT: dict[str, Any] = conftest.PATIENT
 KINDS = pytest.mark.parametrize("kind", ["AsyncCache", "Cache"])
 SECRET = "hunter2-secret"
 
