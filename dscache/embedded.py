@@ -175,6 +175,12 @@ class EmbeddedServer:
             raise UsageError(
                 f"EmbeddedServer: binary must be one of find_servers(), not {given!r}; {remedy}"
             )
+        security: object = tls
+        if not (security is None or isinstance(security, TLSFiles)):
+            raise UsageError(
+                "EmbeddedServer: tls must be TLSFiles(certificate, key, authority), "
+                f"not {security!r}"
+            )
         if type(port) is not int or not 0 <= port <= 65535:
             raise UsageError(f"EmbeddedServer: port must be an int from 0 to 65535, not {port!r}")
         if isinstance(args, str) or not all(isinstance(one, (str, os.PathLike)) for one in args):

@@ -71,6 +71,10 @@ class RecordStore(
         credentials: CredentialProvider | None = None,
         **options: Any,
     ) -> None:
+        for option, text in (("prefix", prefix), ("default_collection", default_collection)):
+            given: object = text
+            if not isinstance(given, str):
+                raise TypeError(f"{option} must be a str, not {shorten(given)}")
         self.default_collection = default_collection
         self._prefix = prefix
         self._given: AsyncCache | None = None

@@ -56,6 +56,8 @@ def parse(url: str, place: Location) -> ParsedUrl:
     if not separator:
         is_variable = re.fullmatch(r"\$[A-Za-z_]\w*", url)
         braces = "; the value of a variable is written as in ${REDIS_URL}" if is_variable else ""
+        if url.startswith("${"):
+            braces = "; ${...} is replaced by a variable's value in files alone"
         raise place.error(f"must begin with {SCHEMES}, or be host:port{braces}")
     if scheme.lower() not in ("redis", "rediss", "unix"):
         named = f", not {scheme}://" if scheme.isalnum() and len(scheme) <= 20 else ""

@@ -99,6 +99,10 @@ def is_async(load: Any) -> bool:
     )
 
 
+class AwaitedLoad(TypeError):
+    """A load of a Cache has returned an awaitable."""
+
+
 def not_plain(operation: str, name: str) -> TypeError:
     """Return the error of a load that is a coroutine function in a blocking cache."""
     return TypeError(

@@ -46,7 +46,7 @@ import msgspec
 
 from .. import _backend
 from ..errors import BulkError, DscacheError, LoadError, RecordError, shorten
-from .fetch_terms import Checks, Terms
+from .fetch_terms import AwaitedLoad, Checks, Terms
 from .flights import Rings
 from .keys import NOTE_SUFFIX
 from .notes import (
@@ -391,7 +391,9 @@ def _load(held: dict[str, int], terms: Terms, outcome: Outcome, *, refresh: bool
     except Exception as error:
         for name in wanted:
             del held[name]
-        said = said or f"raised {type(error).__name__}"
+        said = said or (
+            str(error) if isinstance(error, AwaitedLoad) else f"raised {type(error).__name__}"
+        )
         yield from _fail(tokens, terms, outcome, error, said, refresh=refresh)
     else:
         yield from _store(held, wanted, loaded, found, terms, outcome, refresh=refresh)

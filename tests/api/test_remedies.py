@@ -204,6 +204,41 @@ async def test_what_a_load_of_many_must_return(kind: str, source: dict[str, Any]
             await either.do("fetch", "unfit", lambda name: object(), ttl=1)
 
 
+async def test_an_awaitable_that_a_blocking_load_returns(source: dict[str, Any]) -> None:
+    async def load(_: Any) -> Any:
+        raise AssertionError
+
+    said = "its load returned an awaitable, and a Cache awaits nothing; give a plain function"
+    async with Either("Cache", **source) as either:
+        with pytest.raises(LoadError, match=f"^record 'one': {said}"):
+            await either.do("fetch", "one", lambda name: load(name), ttl=1)
+        with pytest.raises(BulkError, match=f"record 'two': {said}"):
+            await either.do("fetch_bulk", ["two"], lambda names: load(names), ttl=1)
+
+
+async def test_a_scan_without_an_event_loop(server: EmbeddedServer, backend: str) -> None:
+    async with dscache.AsyncCache(server.url, **PATIENT) as cache:
+        await cache.get("a")
+        for begin in (cache.scan, cache.watch):
+            with pytest.raises(UsageError, match=r"^an AsyncCache opens on the event loop that"):
+                await asyncio.to_thread(begin, "a")
+
+
+@KINDS
+async def test_a_scan_names_itself(
+    kind: str, source: dict[str, Any], redis: redis_py.Redis
+) -> None:
+    said = r"^scan: 1 of the records failed \('a'\)"
+    async with Either(kind, **source) as either:
+        await either.do("set", "a", 1, 5)
+        with pytest.raises(BulkError, match=said):
+            await either.all("a", records=True, type=dict)
+        if source != {"name": "memory"}:
+            redis.set("a_v", "x")
+            with pytest.raises(BulkError, match=said):
+                await either.all("a", records=True)
+
+
 @KINDS
 async def test_a_bulk_that_is_damaged_in_part(
     kind: str, server: EmbeddedServer, backend: str, redis: redis_py.Redis
@@ -494,6 +529,7 @@ def test_what_is_no_cache_has_no_metrics() -> None:
         ({"binary": 6379}, "binary must be one of find_servers(), not 6379; write port=6379"),
         ({"port": "6379"}, "port must be an int from 0 to 65535, not '6379'"),
         ({"port": 70000}, "port must be an int from 0 to 65535, not 70000"),
+        ({"tls": True}, "tls must be TLSFiles(certificate, key, authority), not True"),
         ({"args": "--save 60"}, "args must be a list of texts"),
         ({"args": ["--port", 1]}, "args must be a list of texts"),
     ],
@@ -536,6 +572,13 @@ async def test_keys_of_a_store_that_are_none(source: dict[str, Any]) -> None:
     await store.put("a", {"b": 1})
     assert await store.delete("a") is True
     await store.close()
+
+
+@pytest.mark.parametrize("option", ["prefix", "default_collection"])
+def test_names_of_a_store_that_are_none(option: str) -> None:
+    options: dict[str, Any] = {option: None}
+    with pytest.raises(TypeError, match=f"^{option} must be a str, not None$"):
+        RecordStore("h:1", **options)
 
 
 async def test_a_store_on_a_closed_cache(server: EmbeddedServer, backend: str) -> None:

@@ -275,7 +275,8 @@ def test_address(source: str, address: str) -> None:
         (
             {"cache": {"path": "./mine", "name": "redis"}},
             'mapping: cache.path: must be "@deepstream/cache-redis", no other plug-in runs here; '
-            "write name: redis in its place if the records are in Redis",
+            "write name: redis in its place if the records are in Redis, and the path of a socket "
+            "below options:",
         ),
         (
             {"cache": {"name": "redis", "option": {}}},
@@ -1583,6 +1584,13 @@ DATABASE = "the path must be the number of a database, as in redis://host/3"
 def test_bad_url(url: str, message: str) -> None:
     assert refusal(load, url) == f"URL: {message}"
     assert refusal(options, url=url) == f"mapping: options.url: {message}"
+
+
+def test_a_variable_outside_of_a_file() -> None:
+    assert refusal(load, {"url": "${REDIS_URL}"}) == (
+        "mapping: url: must begin with redis://, rediss:// or unix://, or be host:port; ${...} is "
+        "replaced by a variable's value in files alone"
+    )
 
 
 def test_bad_value_in_a_url() -> None:
