@@ -24,9 +24,9 @@ IN_BULK = ("redis-py", "redis-py-pipelined", *OTHERS[1:])
 
 
 def reading(others: tuple[str, ...], work: Work) -> list[Row]:
-    """Return the rows of dscache, raw and decoded, and of the others."""
+    """Return the rows of dscache and redis-py, raw and decoded, and of the others."""
     raw = replace(work, decode=False)
-    return [*rows(OURS, raw), *rows(OURS, work), *rows(others, work)]
+    return [*rows((*OURS, "redis-py"), raw), *rows(OURS, work), *rows(others, work)]
 
 
 @contest({"peers: await get, one after the other": reading((*OTHERS, "limit-alone"), Work("get"))})

@@ -104,16 +104,21 @@ def make_record(
 def make_record(
     name: str, version: int, raw: bytes, stale: bool = False, type: Any = None
 ) -> Record:
-    """Return a Record of this process's core; a pickled Record is a call of this function.
+    """Return a Record of this process's core, such as for a test.
 
-    With a ``type``, such as a ``msgspec.Struct``, its data is decoded into that on first access.
+    With a ``type``, such as a ``msgspec.Struct``, its ``data`` is of that type. The JSON text isn't
+    checked before ``data`` is read. A pickled Record is a call of this function.
     """
     record: Record = core.Record(name, version, raw, stale, type)
     return record
 
 
 def make_message(topic: int, sender: str, raw: bytes) -> Message:
-    """Return a Message of this process's core; a pickled Message is a call of this function."""
+    """Return a Message of this process's core, such as for a test.
+
+    The JSON text isn't checked before ``data`` is read. A pickled Message is a call of this
+    function.
+    """
     message: Message = core.Message(topic, sender, raw)
     return message
 

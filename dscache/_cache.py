@@ -87,15 +87,20 @@ class CacheBase(Generic[NodesT]):
     ) -> Self:
         """Return a cache configured by a file, a mapping or a URL; it isn't connected yet.
 
-        ``source`` is the path of deepstream's YAML or JSON file, a mapping of the same shape or of
-        options alone, a URL (``redis://``, ``rediss://``, ``unix://``), ``host:port``,
-        ``localhost``, or a Config of ``dscache.config.load``. ``options`` override those of the
-        source, by their names in a file or in snake_case: ``commandTimeout=200`` or
-        ``command_timeout=200``. The constructor takes the same arguments.
+        ``source`` is one of these:
+
+        - the path of deepstream's YAML or JSON file
+        - a mapping of the same shape, or of options alone
+        - a URL (``redis://``, ``rediss://``, ``unix://``), ``host:port`` or ``localhost``
+        - a Config of ``dscache.config.load``
+
+        ``options`` override those of the source. They are named as in a file, or in snake_case:
+        ``commandTimeout=200`` or ``command_timeout=200``. ``credentials`` is a
+        ``redis.CredentialProvider``, which is called before each connection. It replaces the
+        configured username and password. The constructor takes the same arguments.
 
         The cache connects at the first operation, or on entering a ``with`` or ``async with``
-        block. ``credentials`` is a ``redis.CredentialProvider``, called before each connection; it
-        replaces the configured username and password.
+        block.
 
         Raises ConfigError for a bad configuration.
         """
@@ -151,20 +156,36 @@ class CacheBase(Generic[NodesT]):
     def stats(self) -> dict[str, Any]:
         """Return counters since the cache was opened, as a dict; empty before that.
 
-        Calls: ``operations``. Records: ``records`` (all results), ``reads``, of these
-        ``hits misses`` and ``halves`` (misses of which Redis held one key), ``damaged writes
-        deletes``, ``not_newer`` (refused by ``if_newer`` or ``if_version``), ``failed`` (the call
-        ended in an error), ``overloaded`` (calls that were refused). Traffic: ``batches sent
-        mean_batch`` (records a batch), ``commands flushes
-        bytes_out bytes_in``. Now: ``queued in_flight`` records, ``pending`` operations and
-        ``pending_bytes``, ``connections``, and threads ``waiting`` for one (a Cache). Connections
-        so far: ``connects reconnections redirections last_loss``. ``latency`` has its ``bounds``
-        in seconds and, for each operation, ``count``, ``sum`` in seconds and ``buckets``, from the
-        call to the result. On a cluster also ``refreshes``, and ``nodes`` with the counters of
-        each. With a near cache ``near_cache``: its ``hits misses joins stale invalidations
-        evictions dropped_fills``, ``flushes`` by reason, and the ``records`` and ``bytes`` it
-        keeps. ``maintenance`` has the ``notifications`` of hosted servers by kind, and what was
-        done: ``moves`` to another address, ``moved_slots``, and connections that were ``relaxed``.
+        - ``operations``: calls; a bulk counts once
+        - ``records``: the sum of ``reads``, ``writes``, ``not_newer`` and ``deletes``
+        - ``reads``, ``hits``, ``misses``: records read, found and not found
+        - ``halves``: records of which Redis held one key only
+        - ``damaged``: records whose stored version isn't one
+        - ``writes``, ``deletes``: records written, and records to delete
+        - ``not_newer``: writes and deletions refused by ``if_newer`` or ``if_version``
+        - ``failed``: records whose call ended in an error
+        - ``overloaded``: calls refused with Overloaded
+        - ``batches``, ``sent``, ``mean_batch``: batches sent, the records in them, and their mean
+        - ``commands``, ``flushes``: commands for records, and writes to sockets
+        - ``bytes_out``, ``bytes_in``: bytes sent for records, and all bytes received
+        - ``queued``, ``in_flight``: records to be sent now, and records sent without a reply so far
+        - ``pending``, ``pending_bytes``: operations under way now, and the bytes that they write
+        - ``waiting``: in a Cache, threads that wait for a connection now
+        - ``connections``: connections that are ready now
+        - ``connects``, ``reconnections``: connections made, and connections made after a loss
+        - ``redirections``: redirections by the nodes of a cluster
+        - ``last_loss``: the reason of the last loss of a connection, or of the last failure to
+          connect
+        - ``latency``: ``bounds``, the upper bounds of the buckets in seconds; and ``operations``,
+          which has the ``count``, the ``sum`` in seconds and the ``buckets`` of each kind of
+          operation. Time runs from the call to the reply
+        - ``refreshes``, ``nodes``: on a cluster, refreshes of the slots, and the counters of each
+          node
+        - ``near_cache``: the near cache's ``hits``, ``misses``, ``joins``, ``stale``,
+          ``invalidations``, ``evictions`` and ``dropped_fills``; ``flushes`` by reason; and the
+          ``records`` and ``bytes`` that it keeps
+        - ``maintenance``: ``notifications`` of hosted servers by kind, ``moves`` to another
+          address, ``moved_slots``, and how often connections were ``relaxed``
         """
         return {} if self._topology is None else self._topology.stats()
 

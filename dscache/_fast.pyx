@@ -94,29 +94,32 @@ include "core/reader.pxi"
 cdef class Pipeline:
     """The operations of one node on their way to Redis, and their replies on the way back.
 
-    ``create_waiter`` makes the object that an operation returns. ``wake`` is called before the
-    first operation since the last ``take_output`` is queued; if it raises, nothing is queued.
-    ``begin`` is called when enough operations wait for an idle server, and must not raise.
-    ``timeout`` is in seconds; ``ttl``, the default lifetime of records, in whole seconds, 0 for
-    none. ``address`` and ``down``, the reason why there is no connection, appear in error texts.
-    ``has_msetex`` is set for a server that knows MSETEX. With ``single_writes`` a write command
-    holds one record, and with ``single_reads`` an MGET: a proxy hides several servers. With
-    ``whole_scripts`` a script is sent as its text, since the server refuses EVALSHA. ``away`` is
-    the code of an error reply for which the server should be left, or asked again later; the owner
-    of the socket clears it. Without ``reconnects``, a replica's refusal is the outcome of a write.
-    ``near`` is the NearCache in front of the pipeline, or None. ``inbox`` is the MessageDispatcher
-    that takes the messages of its subscriptions; they arrive as ``resp2_pubsub`` replies from a
-    server without RESP3. ``on_push`` is called with each push for neither of them.
+    - ``create_waiter`` makes the object that an operation returns.
+    - ``wake`` is called before the first operation since the last ``take_output`` is queued. If it
+      raises, nothing is queued. A pipeline ``bound`` to one thread also calls it before an
+      operation from another thread.
+    - ``begin`` is called when enough operations wait for an idle server, and must not raise.
+    - ``timeout`` is in seconds. ``ttl`` is the default lifetime of records in whole seconds, 0 for
+      none.
+    - ``address`` and ``down``, the reason why there is no connection, appear in error texts.
+    - ``has_msetex`` is set for a server that knows MSETEX.
+    - With ``single_writes`` a write command holds one record, and with ``single_reads`` an MGET
+      does, since a proxy hides several servers.
+    - With ``whole_scripts`` a script is sent as its text, since the server refuses EVALSHA.
+    - ``away`` is the code of an error reply for which the server should be left, or asked again
+      later. The owner of the socket clears it.
+    - Without ``reconnects``, a replica's refusal is the outcome of a write.
+    - ``near`` is the NearCache in front of the pipeline, or None.
+    - ``inbox`` is the MessageDispatcher that takes the messages of its subscriptions.
+    - ``resp2_pubsub`` is set for a server without RESP3, which sends messages as replies.
+    - ``on_push`` is called with each push that is for neither of them.
+    - ``redirected`` holds the operations that a ``clustered`` node sent away, as (error text, slot,
+      batch). An operation redirected more than ``max_redirections`` times fails.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation raises
-    Overloaded if so many others are pending (a bulk counts as one), or ``max_pending_bytes`` of
-    text to be written; without it, the operation waits. More than ``max_reply_bytes`` without the
-    end of a reply end the connection.
-
-    A pipeline ``bound`` to one thread also calls ``wake`` before an operation from another thread.
-
-    On a ``clustered`` node, ``redirected`` holds the operations that it sent away, as (error text,
-    slot, batch). An operation redirected more than ``max_redirections`` times fails.
+    Overloaded if ``max_pending`` others are pending (a bulk counts as one), or
+    ``max_pending_bytes`` of text to be written. Without it, the operation waits. More than
+    ``max_reply_bytes`` without the end of a reply end the connection.
     """
 
     cdef public str address
@@ -568,7 +571,7 @@ cdef class Pipeline:
         return 0
 
     cdef int _enqueue(self, _Batch batch, bint is_open) except -1:
-        """Let a batch with all that it needs wait, and others join it if it ``is_open``.
+        """Queue a complete batch. Later operations may join it if it ``is_open``.
 
         Runs no Python code, so that nothing can come in between; the caller has called
         ``notify_pending``.
@@ -606,7 +609,7 @@ cdef class Pipeline:
         return found if free else None
 
     cdef inline PyObject* _add(self, int kind, str name, entry) except NULL:
-        """Let an operation wait; return its entry, or an earlier one of the same name.
+        """Queue an operation; return its entry, or an earlier entry of the same name.
 
         Python code may run here, and issue other operations, but not between the choice of a
         batch and the moment when the entry is in it.
@@ -637,9 +640,9 @@ cdef class Pipeline:
         return 0
 
     cdef inline int check_capacity(self, Py_ssize_t size) except -1:
-        """Raise Overloaded if the pipeline is full, for an operation that writes so much.
+        """Raise Overloaded if an operation that writes ``size`` bytes finds the pipeline full.
 
-        Raises the error of ``wake`` in another thread.
+        In another thread than that of a bound pipeline, it raises the error of ``wake``.
         """
         if self._thread and self._thread != dscache_thread():
             self._change_thread()
@@ -731,7 +734,7 @@ cdef class Pipeline:
         return waiter
 
     cdef inline int _begin_early(self) except -1:
-        """Let the server begin, if it has nothing to do and a part of the tick's operations."""
+        """Call ``begin`` if the server is idle and enough operations wait for it."""
         if self.queued >= EARLY_RECORDS and not self.in_flight:
             self._let_begin()
         return 0

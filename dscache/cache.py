@@ -75,17 +75,29 @@ class _Operations(Protocol):
 class AsyncCache(CacheBase[Topology], AsyncResource):
     """Records in Redis, for one asyncio event loop.
 
-    An operation returns an ``asyncio.Future``. It is issued at the call, in the order of the
-    calls, whether or not it is awaited. All operations of one tick of the loop are sent together.
-    ``update``, ``patch`` and ``fetch_bulk`` return a coroutine, which does nothing until awaited.
-    With a near cache (``nearCache``), the future of a hit is done at once.
+    An operation begins at the call, in the order of the calls, and returns an ``asyncio.Future`` of
+    its result. It takes effect even if the future is never awaited. All operations of one tick of
+    the loop are sent together. With a near cache (``nearCache``), the future of a hit is done at
+    once.
 
-    An operation raises at the call: RecordError for a bad name, version, ttl or data, UsageError
-    on another event loop or if the cache is closed. Its future can fail
-    with ReplyError (Redis returned an error), DeadlineExceeded (no reply within
-    ``commandTimeout``), ConnectError (no connection), ConnectionLost (lost before the reply),
-    ProtocolError (an invalid reply), or RecordDamaged (the stored value isn't a record). A bulk
-    operation fails with BulkError, which holds the results of the other records.
+    ``update``, ``patch`` and ``fetch_bulk`` return a coroutine instead, which does nothing until it
+    is awaited.
+
+    An operation raises at the call:
+
+    - RecordError: a bad name, version, ttl or data
+    - UsageError: another event loop, thread or process than that of the cache, or a closed cache
+    - Overloaded: ``maxPending`` or ``maxPendingBytes`` is reached, and ``whenFull`` is error
+
+    Its future fails with one of these:
+
+    - ReplyError: Redis returned an error
+    - DeadlineExceeded: no reply within ``commandTimeout``, which is in milliseconds from the call
+    - ConnectError: no connection, or a server that can't be used; nothing was sent
+    - ConnectionLost: the connection was lost, or the cache closed, before the reply
+    - ProtocolError: an invalid reply
+    - RecordDamaged: the stored value isn't a record
+    - BulkError: some records of a bulk failed; it has their errors and the result of the others
     """
 
     def __init__(
@@ -116,10 +128,12 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     def get(self, name: str, type: Any = None) -> asyncio.Future[Record | None]:
         """Read a record; the result is a Record, or None if it doesn't exist or lacks one key.
 
-        ``name`` is any text that isn't empty. With a ``type``, a ``msgspec.Struct``, dataclass or
-        other type that msgspec decodes, the Record's ``data`` is of that type. Raises RecordError
-        at the call for a bad name, and TypeError for a type that msgspec doesn't know. The future
-        fails with RecordDamaged if the stored value isn't a record or doesn't fit the type.
+        ``name`` is any text that isn't empty. ``type`` is a ``msgspec.Struct``, a dataclass or
+        another type that msgspec decodes. The Record's ``data`` is then of that type.
+
+        Raises RecordError at the call for a bad name, and TypeError for a type that msgspec doesn't
+        know. The future fails with RecordDamaged if the stored value isn't a record, or doesn't fit
+        the type.
         """
         # Not keyword-only: that would cost each call some hundred instructions.
         if type is not None:
@@ -127,10 +141,10 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         return (self._pipeline or self._open()).get(name)
 
     def head(self, name: str) -> asyncio.Future[int | None]:
-        """Read the version of a record; the result is an int, or None if it doesn't exist.
+        """Read the version of a record; the result is an int, or None if there is no such record.
 
-        Raises RecordError at the call for a bad name. The future fails with RecordError if the
-        stored value is no version.
+        A record that lacks one of its two keys counts as none. Raises RecordError at the call for a
+        bad name. The future fails with RecordDamaged if the stored version isn't one.
         """
         return (self._pipeline or self._open()).head(name)
 
@@ -144,20 +158,22 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> asyncio.Future[bool]:
-        """Write a record, version and data in one atomic step; the result is True.
+        """Write a record; the result is True, or False if its condition doesn't hold.
 
-        ``name`` is any text that isn't empty, and ``version`` an int from 0 to 2^63-1. ``data`` is
-        any value that msgspec encodes, or ``msgspec.Raw`` for text that is JSON already; it is
-        encoded at the call. ``ttl`` is the record's lifetime in whole seconds or as a timedelta:
-        None for the configured default, 0 for no expiry.
+        Both keys of the record are written in one atomic step, unless they lie on two nodes of a
+        cluster. ``name`` is any text that isn't empty, and ``version`` an int from 0 to 2^63-1.
+        ``data`` is any value that msgspec encodes, a pydantic model, or ``msgspec.Raw`` for text
+        that is JSON already. It is encoded at the call. ``ttl`` is the record's lifetime in whole
+        seconds or as a timedelta: None for the configured default, 0 for no expiry.
 
-        With ``if_newer``, the record is written only if Redis holds a lower version or none. With
-        ``if_version``, it is written only if Redis holds exactly that version; None stands for no
-        record. The result is False if it isn't written.
+        With ``if_newer``, the record is written only if Redis holds a lower version or no record.
+        With ``if_version``, it is written only if Redis holds exactly that version; None stands for
+        no record. A write with ``if_newer`` is safe to repeat.
 
-        Raises RecordError at the call for a bad argument, or for both conditions. If a write may or
-        may not have happened, the future fails with ConnectionLost or DeadlineExceeded; with
-        ``if_newer`` it is safe to repeat.
+        Raises RecordError at the call for a bad argument, for both conditions, or for a condition
+        on a record whose keys lie on two nodes. The future fails with ConnectionLost or
+        DeadlineExceeded if the write may have happened; the text says so. The future fails with
+        RecordDamaged if a condition meets a stored version that isn't one.
         """
         if if_newer:
             if if_newer != 1:
@@ -171,10 +187,13 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         return done
 
     def delete(self, name: str, *, if_version: int | AnyVersion = ANY) -> asyncio.Future[bool]:
-        """Remove a record, even a half or damaged one; the result is whether it existed.
+        """Remove a record; the result is whether it existed.
 
-        With ``if_version``, nothing is removed and the result is False unless Redis holds exactly
-        that version. Raises RecordError at the call for a bad name or version.
+        A half or damaged record is removed too. A half one counts as none. With ``if_version``, the
+        record is removed only if Redis holds exactly that version. Otherwise the result is False.
+
+        Raises RecordError at the call for a bad name or version. The future fails with
+        RecordDamaged if ``if_version`` meets a stored version that isn't one.
         """
         done = (self._pipeline or self._open()).delete(name, if_version)
         if self._loads.checks.keeps_missing:
@@ -194,10 +213,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     def get_bulk(self, names: Iterable[str], type: Any = None) -> asyncio.Future[dict[str, Record]]:
         """Read records; the result maps the names found to Records, in the order of ``names``.
 
-        With a ``type``, the ``data`` of each Record is of that type, as of ``get``. Raises
-        RecordError at the call for a bad name; no record is read then. The future fails with
-        BulkError if some records can't be read, or don't fit the type; it has their errors and the
-        other records.
+        With a ``type``, the ``data`` of each Record is of that type, as of ``get``.
+
+        Raises RecordError at the call for a bad name; no record is read then. Raises TypeError at
+        the call for a type that msgspec doesn't know. The future fails with BulkError if some
+        records can't be read, or don't fit the type; it has their errors and the other records.
         """
         if type is not None:
             return self._typed_get_bulk(names, type)
@@ -229,13 +249,14 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     ) -> asyncio.Future[builtins.set[str]]:
         """Write records ``{name: (version, data)}``; the result is the set of names not written.
 
-        Each record is written atomically, but the bulk isn't: it is sent in commands of some
-        hundred records. Without a condition all are written and the set is empty. ``ttl`` is the
-        lifetime of all these records, as for ``set``. ``if_version`` maps each name to the version
-        that Redis must hold, or to None.
+        Each record is written as by ``set``. The bulk as a whole isn't atomic: it is sent in
+        commands of some hundred records. Without a condition, all records are written and the set
+        is empty. ``ttl`` is the lifetime of all these records. ``if_version`` maps each name to the
+        version that Redis must hold, or to None for no record.
 
-        Raises RecordError at the call for a bad record; no record is written then. The future
-        fails with BulkError, which has the errors, if a write failed.
+        Raises RecordError at the call for a bad record; no record is written then. The future fails
+        with BulkError if some records can't be written; it has their errors, and the set of names
+        not written among the others.
         """
         if if_newer:
             if if_newer != 1:
@@ -252,12 +273,13 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     ) -> asyncio.Future[int]:
         """Remove records; the result is the number of records that existed.
 
-        ``if_version`` maps each name to the version that Redis must hold. Records of another
-        version stay, and don't count.
+        Half and damaged records are removed too. Half ones don't count. ``if_version`` maps each
+        name to the version that Redis must hold. Records of another version stay, and don't count
+        either.
 
         Raises RecordError at the call for a bad name; no record is removed then. The future fails
-        with BulkError if some records can't be removed; it has their errors and the number of
-        the others.
+        with BulkError if some records can't be removed; it has their errors and the number of the
+        others.
         """
         keeps_missing = self._loads.checks.keeps_missing
         try:
@@ -310,23 +332,31 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         ttl: int | timedelta | None = None,
         type: Any = None,
     ) -> Coroutine[Any, Any, Record | None]:
-        """Change a record's data; the result is the Record written, or None if it was removed.
+        """Change a record's data; the result is the Record as it is then, or None without one.
 
-        ``change`` is called with the decoded data, a copy of its own, and returns the new data, or
-        ``dscache.KEEP`` to leave the record as it is, or ``dscache.DELETE`` to remove it. The
-        record is written with the next version, and only if no other writer was first; otherwise
-        it is read again, and ``change`` is called again, until ``commandTimeout`` is over. It may
-        be async, and then has until that moment.
-        A missing record has the data ``default``, if that is given, and is written with version 1.
-        ``ttl`` is that of ``set``. With a ``type``, the data that ``change`` gets, and that of the
-        result, are of that type, as of ``get``. Updates of one record by one cache wait for each
-        other.
+        ``change`` gets a copy of the decoded data. It returns the new data, ``dscache.KEEP`` to
+        leave the record as it is, or ``dscache.DELETE`` to remove it. None is data too: the record
+        becomes null. It may be a coroutine function.
 
-        It must be awaited. No step begins after ``commandTimeout``; one that has begun has as much
-        of its own. Raises what ``change`` raises, and nothing is written then; RecordMissing
-        if the record doesn't exist and no default is given; DeadlineExceeded if other writers or
-        the change took all of the time; RecordError if the record has the highest version; and
-        ConnectionLost or DeadlineExceeded if the write may or may not have happened.
+        The new data is written with the next version, and only if no other writer was first.
+        Otherwise the record is read again and ``change`` is called again, until ``commandTimeout``
+        is over. So ``change`` may be called several times.
+
+        ``default`` is the data of a record that doesn't exist. The new data is then written with
+        version 1. ``ttl`` is that of ``set``. With a ``type``, the data that ``change`` gets and
+        the data of the result are of that type, as of ``get``. Updates of one record by one cache
+        run one after the other.
+
+        The result is a coroutine, which must be awaited. No step begins after ``commandTimeout``. A
+        step that has begun has a ``commandTimeout`` of its own.
+
+        Raises RecordError at the call for a bad name, default or ttl, and TypeError for a
+        ``change`` that can't be called. Raises what ``change`` raises, and nothing is written then;
+        RecordMissing if the record doesn't exist and no default is given; DeadlineExceeded if other
+        writers or the change took all of the time; RecordDamaged if the stored value isn't a
+        record, or doesn't fit the type; RecordError if the new data can't be encoded, or the record
+        has the highest version; UsageError if ``change`` updates the same record; and
+        ConnectionLost or DeadlineExceeded if the write may have happened.
         """
         check_change("update", change)
         if type is not None:
@@ -346,14 +376,19 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     ) -> Coroutine[Any, Any, Record]:
         """Change part of a record's data; the result is the Record.
 
-        ``merge`` is a JSON merge patch (RFC 7396): its members replace those of the record, objects
-        are merged, and None removes a member. Or ``path`` names one value, such as ``a.b[0]``, as
-        in deepstream's client: ``value`` replaces it, or it is removed if no value is given.
-        Missing objects and lists on the way are created. ``default`` and ``ttl`` are those of
-        ``update``. A patch that changes nothing writes nothing, unless it has a ``ttl``.
+        Pass either ``merge`` or ``path``:
 
-        It must be awaited. Raises RecordError for a bad patch or path, or if the data has no place
-        for the value, and the errors of ``update``.
+        - ``merge`` is a JSON merge patch (RFC 7396). Its members replace those of the record,
+          objects are merged, and None removes a member.
+        - ``path`` names one value, such as ``a.b[0]``, in the syntax of deepstream's client.
+          ``value`` replaces it. Without a ``value`` it is removed. Missing objects and lists on the
+          way are created.
+
+        ``default`` and ``ttl`` are those of ``update``. A patch that changes nothing writes
+        nothing, unless it has a ``ttl``. The result is a coroutine, which must be awaited.
+
+        Raises RecordError at the call for a bad patch or path. Raises RecordError if the data has
+        no place for the value. The call also raises the errors of ``update``.
         """
         name, text = check_arguments(name, default, ttl)
         change = patch_of(name, merge, path, value)
@@ -441,15 +476,18 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     ) -> AsyncScan[Any]:
         """Iterate by ``async for`` over all names that begin with a prefix, or their Records.
 
-        Every name that exists all the time is found, also while slots of a cluster move. A name
-        that is written or deleted meanwhile may be found or not, and a name may be found twice.
-        Names are those of version keys, so that a half record is found if it has one; with
-        ``records``, the whole records alone are read, in bulk. ``count`` is about how many keys a
-        server visits at a time. ``cursor`` is the ``cursor`` of an earlier scan, which goes on
-        behind its last batch.
+        The scan finds every name that exists from its beginning to its end, also while slots of a
+        cluster move. A name that is written or deleted meanwhile may be found or not. A name may be
+        found twice. A half record is found if its version key exists.
 
-        Raises UsageError at the call for a bad argument. The iteration raises what operations
-        raise, and BulkError if records can't be read; it may go on behind that.
+        With ``records``, the records are read in bulk, and half ones are left out. With a ``type``,
+        which needs ``records``, their ``data`` is of that type. ``count`` is about how many keys a
+        server visits at a time, from 1 to 100,000. ``cursor`` is the ``cursor`` of an earlier scan.
+        The new scan goes on behind the last batch of that one.
+
+        Raises UsageError at the call for a bad argument, and TypeError for a type that msgspec
+        doesn't know. The iteration raises the errors of ``get``, and BulkError for records that
+        can't be read. It can go on after an error.
         """
         from .aio.scan import AsyncScan  # most programs don't scan
 
@@ -503,16 +541,20 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     ) -> AsyncWatch[Any]:
         """Watch the records whose names begin with a prefix: ``async with``, then ``async for``.
 
-        Each change has a ``kind``, the ``name`` and its present ``version``, with ``records`` also
-        the ``record``. Several changes of a name that come faster than they are taken are one.
-        After the last write, the last change of each name has its last version. A gap, in which
-        changes may be missed, is a change of kind "gap", and "resumed" ends it. If more than
-        ``max_pending`` names wait to be taken, they are dropped, with a gap. With a ``type``, the
-        ``data`` of the records is of that type, and one that doesn't fit is "damaged".
+        A change of a record has a ``kind``, the ``name`` and its present ``version``. With
+        ``records`` it has the ``record`` too. Several changes of a name that come faster than they
+        are taken are one. After the last write, the last change of each name has its last version,
+        unless a gap is reported.
+
+        A change of kind "gap" says that changes may be missed from then on, and "resumed" ends the
+        gap. If more than ``max_pending`` names wait to be taken, they are dropped, with a gap. With
+        a ``type``, the ``data`` of the records is of that type. A record that doesn't fit is a
+        change of kind "damaged".
 
         The servers need client tracking: Redis 6 or newer. Raises UsageError at the call for a bad
-        argument. Entering the block raises ConnectError if a primary can't be reached, and
-        ReplyError if it refuses. The iteration raises ConnectionLost once the cache is closed.
+        argument, and TypeError for a type that msgspec doesn't know. Entering the block raises
+        ConnectError if a primary can't be reached, and ReplyError if it refuses. The iteration
+        raises ConnectionLost once the cache is closed.
         """
         from .aio.watch import AsyncWatch  # most programs don't watch
 
@@ -578,22 +620,24 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         keep_missing: int | timedelta | None = None,
         type: Any = None,
     ) -> asyncio.Future[Record | None]:
-        """Read a record; if it is missing, ``load(name)`` makes it, once for all callers.
+        """Read a record, or load it if it is missing; the result is a Record, or None.
 
-        ``load`` returns the data, or a ``Loaded`` with its version too, or None if there is
-        nothing; it may be a coroutine function. However many tasks, threads and processes fetch a
-        missing record, one load runs, and all get its result. A cancelled caller ends no load. A
-        write by anybody else while the load runs is never overwritten, but returned.
+        If the record is missing, ``load(name)`` returns its data, a ``Loaded`` that has its version
+        too, or None if there is nothing. It may be a coroutine function. One load runs, however
+        many tasks, threads and processes fetch the record, and all get its result. A write by
+        another program while the load runs is never overwritten: that record is the result.
 
-        ``ttl`` is the lifetime of a loaded record, as for ``set``; ``jitter`` makes it differ by up
-        to that part. After ``refresh_after`` one load runs in the background while everybody still
-        gets the record at once; a cache runs up to 32 such loads, and others wait. ``keep_missing``
-        is how long a load's None is remembered for all processes. All three are whole seconds or a
-        timedelta. With a ``type``, the record's ``data`` is of that type, as of ``get``.
+        ``ttl`` is the lifetime of a loaded record, as for ``set``. ``jitter`` varies it at random,
+        by up to that share. After ``refresh_after``, one load runs in the background while all
+        callers still get the old record at once. A cache runs up to 32 such loads, and others wait.
+        ``keep_missing`` is how long all processes remember that a load returned None. All three
+        times are whole seconds or a timedelta. With a ``type``, the record's ``data`` is of that
+        type, as of ``get``.
 
-        Raises RecordError at the call for a bad argument, and TypeError for a ``load`` that can't
-        be called. The future fails with LoadError if the load of a missing record fails, and with
-        all errors of ``get`` and ``set``. To cancel it ends the wait, and no load.
+        Cancelling the future ends the wait, and no load. Raises RecordError at the call for a bad
+        argument, and TypeError for a ``load`` that can't be called. The future fails with LoadError
+        if the load of a missing record fails, or has failed a moment ago. The future also fails
+        with the errors of ``get`` and ``set``.
         """
         # An opened cache has a function of the core in this one's place.
         fetch = self._quick_fetch
@@ -659,14 +703,16 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         keep_missing: int | timedelta | None = None,
         type: Any = None,
     ) -> dict[str, Record]:
-        """Read records; one ``load_many(missing names)`` makes the missing ones.
+        """Read records, or load the missing ones together; the result maps the names to Records.
 
-        ``load_many`` gets a list of names, and returns a mapping of name to data or ``Loaded``; a
-        name without data has no record. It may be a coroutine function. A name that another caller
-        loads already is waited for instead. The result maps the names found to Records, in the
-        order of ``names``. The options are those of ``fetch``.
+        ``load_many`` gets a list of the names that are missing and that no other caller loads. It
+        returns a mapping of name to data or ``Loaded``, and may be a coroutine function. A name
+        without data has no record. The result has the names found, in the order of ``names``. The
+        options are those of ``fetch``.
 
-        Raises BulkError, which has the errors and the other records, if some can't be loaded.
+        Raises RecordError for a bad argument, TypeError for a ``load_many`` that can't be called,
+        and BulkError if some records can't be read or loaded; it has their errors and the other
+        records.
         """
         if not callable(load_many):
             raise no_load("fetch_bulk", "load_many", load_many)
@@ -686,18 +732,20 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         return typed.all_with_type(found, errors, type, "fetch_bulk")
 
     async def when_ready(self) -> None:
-        """Wait until the cache is connected.
+        """Wait until the cache is connected: on a cluster, to every primary that can be reached.
 
-        Raises ConnectError after ``connectTimeout``, and ReplyError at once if the server refuses
-        the login or the database (WRONGPASS, NOAUTH).
+        Raises ConnectError after ``connectTimeout``, ReplyError at once if the server refuses the
+        login or the database (WRONGPASS, NOAUTH), and ConfigError if ``nodes`` belong to no
+        cluster, or the cluster doesn't have the ``db``.
         """
         topology = None if self._closed else self._topology
         await (topology or self._begin()).when_ready()
 
     async def close(self) -> None:
-        """Close, after pending operations have finished or ``closeTimeout`` is over.
+        """Close the cache, once pending operations have finished or ``closeTimeout`` is over.
 
-        A second call does nothing. Raises UsageError on another event loop.
+        Later operations raise UsageError. A second call does nothing. Raises UsageError on another
+        event loop.
         """
         self._closed = True
         self._pipeline = None
@@ -753,8 +801,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         assert self._topology is not None
         if self._hot_paths:
             self._warn_of_hot_paths((name,))
-        # A near cache may be behind, and what depends on the data read isn't always checked by a
-        # write.
+        # A near cache may be behind. A write doesn't check all that depends on the data read.
         reader = self._topology.pipeline
         return self._changes.apply(
             self._loop, reader, writer, operation, name, change, default, ttl, if_changed, type

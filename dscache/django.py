@@ -1,7 +1,8 @@
 """A cache backend for Django; requires the extra ``django``.
 
-Each value is the data of a record. Its version holds the time at which the value expires, so that
-``incr`` keeps that time, and random bits, so that no write is mistaken for an earlier one.
+Each value is the data of a record. The record's version holds the time at which the value expires,
+so that ``incr`` keeps that time. It also holds random bits, so that no write is mistaken for an
+earlier one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ T = TypeVar("T")
 
 
 class Serializer(Protocol):
-    """Makes JSON data of values, and values of JSON data."""
+    """The interface of a serializer: makes JSON data of values, and values of JSON data."""
 
     def dumps(self, value: Any) -> Any:
         """Return a value that msgspec encodes as JSON."""
@@ -49,21 +50,22 @@ class Serializer(Protocol):
 
 
 class JSONSerializer:
-    """Values are JSON as they are; a tuple comes back as a list."""
+    """A serializer of values that JSON can hold; a tuple comes back as a list."""
 
     def dumps(self, value: Any) -> Any:
-        """Return the JSON text of a value; raises TypeError if it would come back as another."""
+        """Return the JSON text of a value. Raises TypeError if it would come back changed."""
         return exact_json.encode(value, _REMEDY)
 
     def loads(self, data: Any) -> Any:
-        """Return the data."""
+        """Return the data as it is."""
         return data
 
 
 class PickleSerializer:
-    """Values are pickled, as in Django's own backends; integers remain numbers in JSON.
+    """A serializer of any value that can be pickled, as in Django's own backends.
 
-    A program that can write to the Redis can run code in every process that unpickles its values.
+    Integers are stored as JSON numbers. A program that can write to the Redis can run code in every
+    process that unpickles its values.
     """
 
     def __init__(self, protocol: int = pickle.HIGHEST_PROTOCOL) -> None:
@@ -76,7 +78,7 @@ class PickleSerializer:
         return base64.b64encode(pickle.dumps(value, self._protocol)).decode()
 
     def loads(self, data: Any) -> Any:
-        """Return the value that was pickled, or the integer."""
+        """Return the value that was pickled, or the number."""
         if isinstance(data, str):
             return pickle.loads(base64.b64decode(data))
         return data
@@ -120,10 +122,11 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
     """A cache backend for Django on a blocking Cache, shared by all threads of the process.
 
     LOCATION is a URL, ``host:port``, the path of a configuration file, or a mapping. OPTIONS are
-    the options of dscache, such as ``nearCache``, and ``SERIALIZER``: "json", "pickle", or a class
-    with ``dumps`` and ``loads``, or its dotted path.
+    the options of dscache, such as ``nearCache``, and ``SERIALIZER``. That is "json", "pickle", a
+    class with ``dumps`` and ``loads``, or the dotted path of one. Timeouts are in seconds.
 
-    Operations raise the errors of Cache, and TypeError for a value that the serializer refuses.
+    Operations raise the errors of Cache, and TypeError for a value that the serializer refuses. Bad
+    settings raise ImproperlyConfigured.
     """
 
     def __init__(self, location: Any, params: Mapping[str, Any]) -> None:
@@ -172,7 +175,7 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
         return _shared.get(self._key) or self._open()
 
     def get_backend_timeout(self, timeout: Any = DEFAULT_TIMEOUT) -> int | None:
-        """Return a timeout as a ttl: 0 for ever, None if the value is never to be found."""
+        """Return a timeout as whole seconds: 0 for ever, None for a value never to be found."""
         if timeout == DEFAULT_TIMEOUT:
             timeout = self.default_timeout
         if timeout is None:
@@ -232,7 +235,7 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
         return self._entries.delete(self.make_and_validate_key(key, version=version))
 
     def get_many(self, keys: Iterable[str], version: int | None = None) -> dict[str, Any]:
-        """Return a dict of the values found, read together."""
+        """Return a dict of the values found by key, read together."""
         by_name = {self.make_and_validate_key(key, version=version): key for key in keys}
         found = self._entries.get_bulk(by_name)
         loads = self._serializer.loads
@@ -244,9 +247,9 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
         timeout: Any = DEFAULT_TIMEOUT,
         version: int | None = None,
     ) -> list[str]:
-        """Store values, written together, and return an empty list.
+        """Store values together, and return an empty list.
 
-        Raises BulkError if some values can't be written; the others are then.
+        Raises BulkError if some values can't be written; the others are written.
         """
         ttl = self.get_backend_timeout(timeout)
         values = {
@@ -272,7 +275,7 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
         return self._entries.head(self.make_and_validate_key(key, version=version)) is not None
 
     def incr(self, key: str, delta: Any = 1, version: int | None = None) -> Any:
-        """Add to a value, in one atomic step, and return the sum; its timeout remains.
+        """Add to a value in one atomic step, and return the sum; its timeout remains.
 
         Raises ValueError if there is no value, and TypeError if it isn't a number.
         """

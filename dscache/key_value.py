@@ -1,7 +1,7 @@
 """A store for py-key-value on an AsyncCache; requires the extra ``key-value``.
 
-Each value is the data of a record, ``kv/<collection>::<key>``. Its version holds the time at which
-the value expires, for ``ttl``.
+Each value is the data of a record, ``kv/<collection>::<key>``. The record's version holds the time
+at which the value expires, for ``ttl``.
 """
 
 from __future__ import annotations
@@ -53,13 +53,16 @@ class RecordStore(
     AsyncDestroyCollectionProtocol,
     AsyncDestroyStoreProtocol,
 ):
-    """A store of py-key-value, in records.
+    """A store of py-key-value that keeps its values in records.
 
-    ``source``, ``credentials`` and ``options`` are for an AsyncCache, which the store opens at its
-    first use and closes with ``close`` or at the end of ``async with``. An AsyncCache as the
-    ``source`` is used as it is, and stays open. All names begin with ``prefix``.
+    ``source`` is a configuration or an AsyncCache. With a configuration, the store opens an
+    AsyncCache at its first use, and closes it in ``close`` or at the end of ``async with``.
+    ``credentials`` and ``options`` are then as for ``AsyncCache.from_config``. An AsyncCache is
+    used as it is, and stays open. All names of records begin with ``prefix``.
 
-    Operations raise the errors of AsyncCache, and py-key-value's own for a bad value or ttl.
+    Operations raise the errors of AsyncCache. ``put`` and ``put_many`` raise py-key-value's
+    SerializationError for a value that JSON can't hold, and its InvalidTTLError for a bad ttl.
+    Reads raise its DeserializationError for a record that no store has written.
     """
 
     def __init__(
@@ -143,7 +146,7 @@ class RecordStore(
     # -- operations
 
     async def get(self, key: str, *, collection: str | None = None) -> dict[str, Any] | None:
-        """Return a value, or None."""
+        """Return a value, a dict, or None if there is none."""
         try:
             name = (self._prefixes.get(collection) or self._prefix_of(collection)) + key
         except TypeError:
@@ -157,7 +160,10 @@ class RecordStore(
     async def ttl(
         self, key: str, *, collection: str | None = None
     ) -> tuple[dict[str, Any] | None, float | None]:
-        """Return a value and the seconds it has left, None if it doesn't expire; or two None."""
+        """Return a value and the seconds it has left, as a pair.
+
+        The seconds are None for a value that doesn't expire. Both are None if there is no value.
+        """
         ((value, rest),) = await self._found("ttl", [key], collection)
         return value, rest
 
@@ -169,7 +175,7 @@ class RecordStore(
         collection: str | None = None,
         ttl: SupportsFloat | None = None,
     ) -> None:
-        """Store a value, for ``ttl`` seconds."""
+        """Store a value for ``ttl`` seconds, or until it is removed."""
         seconds, lifetime = _lifetimes(ttl)
         name = self._name(collection, key)
         version = version_for(seconds)
@@ -182,14 +188,14 @@ class RecordStore(
     async def get_many(
         self, keys: Sequence[str], *, collection: str | None = None
     ) -> list[dict[str, Any] | None]:
-        """Return the values, None for each that doesn't exist, read together."""
+        """Return the values of keys in their order, read together; None for a missing one."""
         found = await self._found("get_many", keys, collection)
         return [value for value, _ in found]
 
     async def ttl_many(
         self, keys: Sequence[str], *, collection: str | None = None
     ) -> list[tuple[dict[str, Any] | None, float | None]]:
-        """Return the results of ``ttl`` for several keys, read together."""
+        """Return the results of ``ttl`` for several keys in their order, read together."""
         return await self._found("ttl_many", keys, collection)
 
     async def _found(
@@ -220,7 +226,10 @@ class RecordStore(
         collection: str | None = None,
         ttl: SupportsFloat | None = None,
     ) -> None:
-        """Store values together; each is written atomically, but not all at once."""
+        """Store values together; each is written atomically, but not all at once.
+
+        Raises ValueError if there are not as many keys as values.
+        """
         seconds, lifetime = _lifetimes(ttl)
         names = self._names("put_many", collection, keys)
         if isinstance(values, Mapping) or not isinstance(values, Sequence):
@@ -242,7 +251,10 @@ class RecordStore(
     # -- enumeration and removal
 
     async def keys(self, collection: str | None = None, *, limit: int | None = None) -> list[str]:
-        """Return the keys of a collection, at most ``limit``, in any order, by a scan."""
+        """Return the keys of a collection, at most ``limit``, in any order.
+
+        It scans the servers.
+        """
         prefix = self._prefix_of(collection)
         # A scan may find a name twice.
         found: dict[str, None] = {}
@@ -254,7 +266,10 @@ class RecordStore(
         return [*found]
 
     async def collections(self, *, limit: int | None = None) -> list[str]:
-        """Return the names of the collections that have keys, at most ``limit``, by a scan."""
+        """Return the names of the collections that have keys, at most ``limit``, in any order.
+
+        It scans the servers.
+        """
         found: dict[str, None] = {}
         if limit is None or limit > 0:
             async for name in self.records.scan(self._prefix):
@@ -266,13 +281,16 @@ class RecordStore(
         return [*found]
 
     async def destroy_collection(self, collection: str) -> bool:
-        """Remove all values of a collection, by a scan; return whether there were any."""
+        """Remove all values of a collection; return whether there were any.
+
+        It scans the servers.
+        """
         return await self._remove(self._prefix_of(collection))
 
     async def destroy(self) -> bool:
-        """Remove all values of the store, by a scan; return whether there were any.
+        """Remove all values of the store; return whether there were any.
 
-        Other records remain. Raises ValueError if the store has no prefix.
+        It scans the servers. Other records remain. Raises ValueError if the store has no prefix.
         """
         if not self._prefix:
             raise ValueError("destroy would remove every record, as the store has no prefix")

@@ -47,16 +47,23 @@ _MAX_DIRECT_PREFIXES: Final = 1024
 class MessageNode(AsyncResource):
     """A server that exchanges messages with other servers, for one asyncio event loop.
 
-    A message is a mapping with a ``topic``, an int. A message sent on a topic reaches all other
-    servers, Python's and deepstream's, that are subscribed to it at that moment. Redis stores no
-    messages. ``on_gap(since, until)`` is called after an interval in which messages may have been
-    missed; both times are floats, in seconds since the epoch.
+    A message is a mapping with a ``topic``, an int. It reaches all other servers, Python's and
+    deepstream's, that are subscribed to its topic at that moment. Redis stores no messages, and a
+    message is never sent twice.
 
-    An operation raises at the call: MessageError for a bad topic, message or server name,
-    UsageError on another event loop or if the node is closed. The future of a message
-    can fail with ConnectionLost, DeadlineExceeded, ReplyError, ProtocolError, or ConnectError if
-    the server can't be used; the error says whether the message may have been delivered. A message
-    is never sent twice.
+    ``on_gap(since, until)`` is called after an interval in which messages may have been missed.
+    Both times are floats, in seconds since the epoch.
+
+    A call raises MessageError for a bad topic, message or server name, UsageError on another event
+    loop or if the node is closed, and Overloaded if ``maxPending`` or ``maxPendingBytes`` is
+    reached and ``whenFull`` is error. The future of a message fails with one of these; the text
+    says whether the message may have been delivered:
+
+    - ConnectionLost: the connection was lost before the reply, or there was none in time
+    - DeadlineExceeded: no reply within ``commandTimeout``, which is in milliseconds from the call
+    - ReplyError: Redis returned an error
+    - ProtocolError: an invalid reply
+    - ConnectError: the server can't be used; nothing was sent
     """
 
     def __init__(
@@ -107,13 +114,18 @@ class MessageNode(AsyncResource):
     ) -> Self:
         """Return a node configured by a file, a mapping or a URL; it isn't connected yet.
 
-        ``source`` is the path of deepstream's YAML or JSON file, of which the section
-        ``clusterNode`` and ``serverName`` are read, a mapping of the same shape or of options
-        alone, a URL or ``host:port``. ``server_name`` overrides the configured name. Each server
-        needs a unique name; without one, a random name is generated. The node connects at the
-        first operation, or on entering ``async with``. ``credentials`` is a
-        ``redis.CredentialProvider``, called before each connection. ``options`` override those of
-        the source, by their names in a file or in snake_case.
+        ``source`` is one of these:
+
+        - the path of deepstream's YAML or JSON file, of which ``clusterNode`` and ``serverName``
+          are read
+        - a mapping of the same shape, or of options alone
+        - a URL or ``host:port``
+
+        ``server_name`` overrides the configured name. Each server needs a unique name; without one,
+        a random name is generated. ``credentials`` is a ``redis.CredentialProvider``, which is
+        called before each connection. ``options`` override those of the source. They are named as
+        in a file, or in snake_case. The node connects at the first operation, or on entering
+        ``async with``.
 
         Raises ConfigError for a bad configuration.
         """
@@ -126,10 +138,12 @@ class MessageNode(AsyncResource):
     ) -> asyncio.Future[int]:
         """Send a message to all other servers; the result is the number of receiving connections.
 
-        ``message`` is any value that msgspec encodes, with a ``topic``. For text that is JSON
-        already, it is ``msgspec.Raw``, and the argument ``topic`` is required. The message is
-        encoded at the call. Raises MessageError at the call if it is bad, or if deepstream's
-        servers or clients could fail on it; ``unchecked`` allows the latter.
+        ``message`` is any value that msgspec encodes, with a ``topic``. Text that is JSON already
+        is passed as ``msgspec.Raw``, together with the argument ``topic``. The message is encoded
+        at the call.
+
+        Raises MessageError at the call for a bad message, or for one on which deepstream's servers
+        or clients could fail; ``unchecked`` sends the latter too.
         """
         return self._send(self._prefix, message, topic, unchecked)
 
@@ -138,9 +152,11 @@ class MessageNode(AsyncResource):
     ) -> asyncio.Future[int]:
         """Send a message to one server; the result is the number of receiving connections.
 
-        ``server`` is the server's name. Redis delivers the message to all subscribers of its
-        topic, and the other servers drop it. Raises MessageError at the call if it is bad, or if a
-        server of deepstream could fail on it; ``unchecked`` allows the latter.
+        ``server`` is the server's name. Redis delivers the message to all subscribers of its topic,
+        and the other servers drop it.
+
+        Raises MessageError at the call for a bad message or name, or for a message on which
+        deepstream's servers or clients could fail; ``unchecked`` sends the latter too.
         """
         try:
             prefix = self._direct_prefixes.get(server) or self._direct_prefix(server)
@@ -156,13 +172,14 @@ class MessageNode(AsyncResource):
         max_pending: int | None = None,
         overflow: Overflow | None = None,
     ) -> Callable[[], None]:
-        """Call ``callback(message, from_server)`` for each message on a topic.
+        """Call ``callback(message, from_server)`` for each message; return a function to end it.
 
-        Returns a function that ends the subscription. If the callback returns an awaitable, it is
-        awaited before the next message. At most ``max_pending`` messages wait for the callback,
-        and ``overflow`` decides about further ones; both default to the configuration.
-        ``when_ready()`` waits until Redis has confirmed the subscription. Raises MessageError for
-        a bad argument.
+        If the callback returns an awaitable, it is awaited before the next message. At most
+        ``max_pending`` messages wait for the callback. ``overflow`` decides about further ones:
+        "drop_oldest", "drop_newest", or "disconnect", which ends the subscription. Both default to
+        the configuration. ``when_ready()`` waits until Redis has confirmed the subscription.
+
+        Raises MessageError for a bad argument.
         """
         topic = envelope.check_topic(topic)
         if not callable(callback):
@@ -198,10 +215,11 @@ class MessageNode(AsyncResource):
     ) -> Messages:
         """Return an iterator over new messages on a topic: ``async for message, sender in ...``.
 
-        At most ``max_pending`` messages wait for the iteration, and ``overflow`` decides about
-        further ones; both default to the configuration. The iteration ends when the node is
-        closed. With ``overflow="disconnect"`` it raises Overloaded when more messages wait. Raises
-        MessageError for a bad argument.
+        At most ``max_pending`` messages wait for the iteration. ``overflow`` decides about further
+        ones: "drop_oldest", "drop_newest", or "disconnect", which makes the iteration raise
+        Overloaded. Both default to the configuration. The iteration ends when the node is closed.
+
+        Raises MessageError for a bad argument.
         """
         topic = envelope.check_topic(topic)
         limit, policy = self._limits(max_pending, overflow)
@@ -229,7 +247,7 @@ class MessageNode(AsyncResource):
 
     @property
     def is_ready(self) -> bool:
-        """Whether messages are sent at once and all subscriptions are confirmed: bool."""
+        """Whether the node is connected and all subscriptions are confirmed: bool."""
         transport = self._transport
         return transport is not None and transport.is_ready and transport.subscriptions.is_confirmed
 
@@ -243,15 +261,21 @@ class MessageNode(AsyncResource):
     def stats(self) -> dict[str, Any]:
         """Return counters since the node was opened, as a dict; empty before that.
 
-        ``received`` messages have a subscriber here, which ``dropped`` ones missed because its
-        queue was full. ``waiting`` ones are in a queue now. ``errors`` were raised by callbacks.
+        - ``received``: messages for subscribers here
+        - ``dropped``, ``waiting``: messages dropped because a queue was full, and messages in a
+          queue now
+        - ``errors``: exceptions of callbacks
+        - ``own``, ``foreign``: ignored messages of this server, and to other servers
+        - ``namesakes``: ignored messages of another server with this name
+        - ``unwanted``, ``damaged``: messages without a subscriber here, and texts that are no
+          messages
+        - ``fewer``: messages that reached fewer connections than before a loss
+        - ``subscribers``, ``topics``: their numbers now
+        - ``gaps``, ``missed_seconds``, ``last_gap``: number of gaps, their total length, and the
+          time of the last one
+        - ``connects``, ``last_loss``, ``bytes_in``: of all connections
 
-        These messages were ignored: ``own`` ones of this server, ``namesakes`` of another server
-        with its name, ``foreign`` ones to other servers, ``unwanted`` ones without a subscriber
-        here, and ``damaged`` ones. ``fewer`` reached fewer connections than before a loss.
-
-        ``gaps``, ``missed_seconds`` and ``last_gap`` are about gaps, ``connects``, ``last_loss``
-        and ``bytes_in`` about connections, and all others about messages that are sent.
+        All other counters are about messages that are sent, as those of a cache are about records.
         """
         transport = self._transport
         if transport is None:
@@ -294,9 +318,10 @@ class MessageNode(AsyncResource):
             ) from None
 
     async def close(self) -> None:
-        """Close, after messages have been sent or ``closeTimeout`` is over.
+        """Close the node, once its messages have been sent or ``closeTimeout`` is over.
 
-        A second call does nothing. Raises UsageError on another event loop.
+        Later operations raise UsageError. A second call does nothing. Raises UsageError on another
+        event loop.
         """
         if self._loop is not None:
             check_loop(self._loop, _OWNER)

@@ -1,9 +1,9 @@
 """Metrics and spans of caches for OpenTelemetry; requires the extra ``otel``.
 
-Metrics are observable instruments over ``stats()``, so they cost an operation nothing. Spans are
-started for calls inside a sampled trace, so the sampling of traces covers them. Names follow the
-semantic conventions for databases (opentelemetry.io/docs/specs/semconv/db); other names
-begin with ``dscache.``. Metrics and spans contain no names and no content of records.
+Metrics are observable instruments over ``stats()``, so they cost an operation nothing. Calls
+inside a sampled trace get spans, so that the sampling of traces covers them. Names follow the
+semantic conventions for databases (opentelemetry.io/docs/specs/semconv/db). Other names begin with
+``dscache.``. Metrics and spans contain no names and no data of records.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def observe(
 ) -> None:
     """Export a cache's counters, with the attribute ``dscache.cache`` set to ``name``.
 
-    The export ends when the cache is garbage-collected. Each cache of a provider, by default the
-    global one, needs its own name. Raises ValueError if another cache has that name.
+    Each cache of a provider needs its own name. The default provider is the global one. The export
+    ends when the cache is garbage-collected. Raises ValueError if another cache has that name.
     """
     check_cache("observe", cache)
     check_label("observe", name, "meter_provider")
@@ -304,12 +304,13 @@ def trace(
     roots: bool = False,
     tracer_provider: TracerProvider | None = None,
 ) -> Tracing:
-    """Start spans for operations of a cache, from the call to the result.
+    """Start spans for operations of a cache, from the call to the result; return a Tracing.
 
-    In a sampled trace, a random share ``sample`` of the operations (0 to 1) gets a span. With
-    ``roots``, operations outside any trace are sampled too. Any other operation costs a look at
-    the current span. Returns a Tracing; its ``stop()`` ends the tracing. Raises ValueError if
-    ``sample`` is not from 0 to 1.
+    The Tracing's ``stop()`` ends that. In a sampled trace, a random share ``sample`` of the
+    operations gets a span. With ``roots``, operations outside of any trace are sampled too. Any
+    other operation costs a look at the current span.
+
+    Raises ValueError if ``sample`` isn't from 0 to 1.
     """
     check_cache("trace", cache)
     if not isinstance(sample, (int, float)) or not 0 <= sample <= 1:
@@ -320,7 +321,7 @@ def trace(
 
 
 class Tracing(_Wrappers[Span]):
-    """The spans of one cache. ``stop`` starts no more."""
+    """The spans of one cache, made by ``trace``. ``stop`` ends the tracing."""
 
     def __init__(
         self, cache: AsyncCache | Cache, tracer: Tracer, sample: float, roots: bool
@@ -366,12 +367,12 @@ class Tracing(_Wrappers[Span]):
 def measure(
     cache: AsyncCache | Cache, name: str = "default", meter_provider: MeterProvider | None = None
 ) -> Measuring:
-    """Record the duration of each operation, as the histogram ``db.client.operation.duration``.
+    """Record each operation's duration as ``db.client.operation.duration``; return a Measuring.
 
-    That is the metric of the semantic conventions, in seconds, from the call until its caller may
-    go on. ``observe`` exports the same from the cache's own counters, at no cost to an operation;
-    this costs each some microseconds. The attribute ``dscache.cache`` is ``name``. Returns a
-    Measuring; its ``stop()`` ends it.
+    That is a histogram of the semantic conventions, in seconds, from the call until its caller may
+    go on. Its attribute ``dscache.cache`` is ``name``. The Measuring's ``stop()`` ends the
+    recording. Recording costs each operation some microseconds. ``observe`` exports the cache's own
+    latencies at no cost to an operation.
     """
     check_cache("measure", cache)
     check_label("measure", name, "meter_provider")
@@ -383,7 +384,7 @@ _Measured: TypeAlias = tuple[float, dict[str, Any]]
 
 
 class Measuring(_Wrappers[_Measured]):
-    """The durations of one cache. ``stop`` records no more."""
+    """The durations of one cache, made by ``measure``. ``stop`` ends the recording."""
 
     def __init__(self, cache: AsyncCache | Cache, meter: Meter, name: str) -> None:
         super().__init__(cache)

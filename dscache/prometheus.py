@@ -1,7 +1,7 @@
 """Metrics of caches for Prometheus; requires the extra ``prometheus``.
 
-Nothing is counted here: each scrape calls ``stats()``. It may come from any thread, such as the one
-of ``prometheus_client.start_http_server``.
+An operation costs nothing more: each scrape calls ``stats()``. A scrape may come from any thread,
+such as the one of ``prometheus_client.start_http_server``.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def register(
 ) -> CacheCollector:
     """Export a cache's metrics in a registry, with the label ``cache`` set to ``name``.
 
-    Each cache of a registry needs its own name. Returns the registry's CacheCollector; its
-    ``remove`` ends the export. Raises ValueError if another cache has that name.
+    Each cache of a registry needs its own name. Returns the registry's CacheCollector. Its
+    ``remove(name)`` ends the export. Raises TypeError if ``cache`` is no cache, and ValueError if
+    another cache has that name.
     """
     check_cache("register", cache)
     check_label("register", name, "registry")
@@ -61,7 +62,11 @@ def register(
 
 
 class CacheCollector(Collector):
-    """A ``prometheus_client`` collector for caches, a mapping of their names to them."""
+    """A ``prometheus_client`` collector for caches.
+
+    ``caches`` is a mapping of name to AsyncCache or Cache. The names are values of the label
+    ``cache``.
+    """
 
     def __init__(self, caches: Mapping[str, AsyncCache | Cache] | None = None) -> None:
         self._caches: dict[str, AsyncCache | Cache] = {}
@@ -75,7 +80,8 @@ class CacheCollector(Collector):
     def add(self, cache: AsyncCache | Cache, name: str) -> None:
         """Export another cache.
 
-        Raises TypeError if it isn't one, and ValueError if a different cache has that name.
+        Raises TypeError if ``cache`` is no cache, and ValueError if a different cache has that
+        name.
         """
         check_cache("add", cache)
         check_label("add", name, "registry")
@@ -91,7 +97,7 @@ class CacheCollector(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Return the current metrics of all caches."""
+        """Return the current metrics of all caches, for a scrape."""
         build = GaugeMetricFamily(
             f"{NAMESPACE}_build_info",
             "The version of dscache and its core, fast or pure; always 1.",

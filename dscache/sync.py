@@ -48,16 +48,22 @@ class _Run(Protocol):
 class Cache(CacheBase[Pool | MemoryPool]):
     """Records in Redis, for any number of threads.
 
-    An operation is complete when its call returns. The calling thread sends it over a connection
-    that it borrows, out of at most ``maxConnections``, and waits for the reply. On a cluster a
-    thread borrows a connection to each node it needs.
+    An operation is complete when its call returns. The calling thread borrows a connection, out of
+    at most ``maxConnections``, sends the operation and waits for the reply. On a cluster it borrows
+    a connection to each node that it needs.
 
-    An operation raises RecordError for a bad name, version, ttl or data, RecordDamaged if the
-    stored value isn't a record, UsageError if the cache is closed, ReplyError (Redis returned an
-    error), DeadlineExceeded (no reply within ``commandTimeout``), ConnectError (no connection),
-    ConnectionLost (lost before the reply), Overloaded (all connections are in use, and
-    ``whenFull`` is error), or ProtocolError (an invalid reply). A bulk operation raises BulkError,
-    which holds the results of the other records.
+    An operation raises one of these:
+
+    - RecordError: a bad name, version, ttl or data
+    - RecordDamaged: the stored value isn't a record
+    - UsageError: a closed cache
+    - Overloaded: all connections are in use, and ``whenFull`` is error
+    - ReplyError: Redis returned an error
+    - DeadlineExceeded: no reply within ``commandTimeout``, which is in milliseconds from the call
+    - ConnectError: no connection, or a server that can't be used; nothing was sent
+    - ConnectionLost: the connection was lost, or the cache closed, before the reply
+    - ProtocolError: an invalid reply
+    - BulkError: some records of a bulk failed; it has their errors and the result of the others
     """
 
     def __init__(
@@ -89,12 +95,13 @@ class Cache(CacheBase[Pool | MemoryPool]):
     @overload
     def get(self, name: str, *, type: Any) -> Record | None: ...
     def get(self, name: str, type: Any = None) -> Record | None:
-        """Return a Record, or None if it doesn't exist or lacks one of its two keys.
+        """Read a record; return a Record, or None if it doesn't exist or lacks one key.
 
-        ``name`` is any text that isn't empty. With a ``type``, a ``msgspec.Struct``, dataclass or
-        other type that msgspec decodes, the Record's ``data`` is of that type. Raises RecordError
-        for a bad name, or if the stored value isn't a record or doesn't fit the type, and TypeError
-        for a type that msgspec doesn't know.
+        ``name`` is any text that isn't empty. ``type`` is a ``msgspec.Struct``, a dataclass or
+        another type that msgspec decodes. The Record's ``data`` is then of that type.
+
+        Raises RecordError for a bad name, TypeError for a type that msgspec doesn't know, and
+        RecordDamaged if the stored value isn't a record, or doesn't fit the type.
         """
         # Not keyword-only: that would cost each call some hundred instructions.
         if type is not None:
@@ -102,9 +109,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         return (self._run or self._open())("get", name)
 
     def head(self, name: str) -> int | None:
-        """Return the version of a record, an int, or None if it doesn't exist.
+        """Read the version of a record; return an int, or None if there is no such record.
 
-        Raises RecordError for a bad name, or if the stored value is no version.
+        A record that lacks one of its two keys counts as none. Raises RecordError for a bad name,
+        and RecordDamaged if the stored version isn't one.
         """
         return (self._run or self._open())("head", name)
 
@@ -118,20 +126,22 @@ class Cache(CacheBase[Pool | MemoryPool]):
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> bool:
-        """Write a record, version and data in one atomic step, and return True.
+        """Write a record; return True, or False if its condition doesn't hold.
 
-        ``name`` is any text that isn't empty, and ``version`` an int from 0 to 2^63-1. ``data`` is
-        any value that msgspec encodes, or ``msgspec.Raw`` for text that is JSON already. ``ttl``
-        is the record's lifetime in whole seconds or as a timedelta: None for the configured
-        default, 0 for no expiry.
+        Both keys of the record are written in one atomic step, unless they lie on two nodes of a
+        cluster. ``name`` is any text that isn't empty, and ``version`` an int from 0 to 2^63-1.
+        ``data`` is any value that msgspec encodes, a pydantic model, or ``msgspec.Raw`` for text
+        that is JSON already. ``ttl`` is the record's lifetime in whole seconds or as a timedelta:
+        None for the configured default, 0 for no expiry.
 
-        With ``if_newer``, the record is written only if Redis holds a lower version or none. With
-        ``if_version``, it is written only if Redis holds exactly that version; None stands for no
-        record. Returns False if it isn't written.
+        With ``if_newer``, the record is written only if Redis holds a lower version or no record.
+        With ``if_version``, it is written only if Redis holds exactly that version; None stands for
+        no record. A write with ``if_newer`` is safe to repeat.
 
-        Raises RecordError for a bad argument or for both conditions, and ConnectionLost or
-        DeadlineExceeded if a write may or may not have happened; with ``if_newer`` it is safe to
-        repeat.
+        Raises RecordError for a bad argument, for both conditions, or for a condition on a record
+        whose keys lie on two nodes. Raises ConnectionLost or DeadlineExceeded if the write may have
+        happened; the text says so. Raises RecordDamaged if a condition meets a stored version that
+        isn't one.
         """
         if if_newer:
             if if_newer != 1:
@@ -145,10 +155,13 @@ class Cache(CacheBase[Pool | MemoryPool]):
         return done
 
     def delete(self, name: str, *, if_version: int | AnyVersion = ANY) -> bool:
-        """Remove a record, even a half or damaged one; return whether it existed.
+        """Remove a record; return whether it existed.
 
-        With ``if_version``, nothing is removed and False is returned unless Redis holds exactly
-        that version. Raises RecordError for a bad name or version.
+        A half or damaged record is removed too. A half one counts as none. With ``if_version``, the
+        record is removed only if Redis holds exactly that version. Otherwise False is returned.
+
+        Raises RecordError for a bad name or version, and RecordDamaged if ``if_version`` meets a
+        stored version that isn't one.
         """
         existed: bool = (self._run or self._open())("delete", name, if_version)
         if self._loads.checks.keeps_missing:
@@ -162,11 +175,13 @@ class Cache(CacheBase[Pool | MemoryPool]):
     @overload
     def get_bulk(self, names: Iterable[str], *, type: Any) -> dict[str, Record]: ...
     def get_bulk(self, names: Iterable[str], type: Any = None) -> dict[str, Record]:
-        """Return the Records found by their names, in the order of ``names``.
+        """Read records; return a dict of the Records found by name, in the order of ``names``.
 
-        With a ``type``, the ``data`` of each Record is of that type, as of ``get``. Raises
-        RecordError for a bad name; no record is read then. Raises BulkError if some records can't
-        be read, or don't fit the type; it has their errors and the other records.
+        With a ``type``, the ``data`` of each Record is of that type, as of ``get``.
+
+        Raises RecordError for a bad name; no record is read then. Raises TypeError for a type that
+        msgspec doesn't know. Raises BulkError if some records can't be read, or don't fit the type;
+        it has their errors and the other records.
         """
         if type is not None:
             return self._typed_get_bulk(names, type)
@@ -177,7 +192,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
             raise
 
     def head_bulk(self, names: Iterable[str]) -> dict[str, int]:
-        """Return the versions of the records found, as a dict in the order of ``names``.
+        """Read versions; return a dict of the versions found by name, in the order of ``names``.
 
         Raises RecordError for a bad name; no version is read then. Raises BulkError if some
         versions can't be read; it has their errors and the other versions.
@@ -198,13 +213,14 @@ class Cache(CacheBase[Pool | MemoryPool]):
     ) -> builtins.set[str]:
         """Write records ``{name: (version, data)}``; return the set of names not written.
 
-        Each record is written atomically, but the bulk isn't: it is sent in commands of some
-        hundred records. Without a condition all are written and the set is empty. ``ttl`` is the
-        lifetime of all these records, as for ``set``. ``if_version`` maps each name to the version
-        that Redis must hold, or to None.
+        Each record is written as by ``set``. The bulk as a whole isn't atomic: it is sent in
+        commands of some hundred records. Without a condition, all records are written and the set
+        is empty. ``ttl`` is the lifetime of all these records. ``if_version`` maps each name to the
+        version that Redis must hold, or to None for no record.
 
-        Raises RecordError for a bad record; no record is written then. Raises BulkError, which has
-        the errors, if a write failed.
+        Raises RecordError for a bad record; no record is written then. Raises BulkError if some
+        records can't be written; it has their errors, and the set of names not written among the
+        others.
         """
         if if_newer:
             if if_newer != 1:
@@ -220,8 +236,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
     def delete_bulk(self, names: Iterable[str], *, if_version: IfVersionsHeld = ANY) -> int:
         """Remove records; return the number of records that existed.
 
-        ``if_version`` maps each name to the version that Redis must hold; the number is that of the
-        records removed then.
+        Half and damaged records are removed too. Half ones don't count. ``if_version`` maps each
+        name to the version that Redis must hold. Records of another version stay, and don't count
+        either.
 
         Raises RecordError for a bad name; no record is removed then. Raises BulkError if some
         records can't be removed; it has their errors and the number of the others.
@@ -277,22 +294,31 @@ class Cache(CacheBase[Pool | MemoryPool]):
         ttl: int | timedelta | None = None,
         type: Any = None,
     ) -> Record | None:
-        """Change a record's data; return the Record written, or None if it was removed.
+        """Change a record's data; return the Record as it is then, or None without one.
 
-        ``change`` is called with the decoded data, a copy of its own, and returns the new data, or
-        ``dscache.KEEP`` to leave the record as it is, or ``dscache.DELETE`` to remove it. The
-        record is written with the next version, and only if no other writer was first; otherwise
-        it is read again, and ``change`` is called again, until ``commandTimeout`` is over.
-        A missing record has the data ``default``, if that is given, and is written with version 1.
-        ``ttl`` is that of ``set``. With a ``type``, the data that ``change`` gets, and that of the
-        result, are of that type, as of ``get``. Updates of one record by one cache wait for each
-        other.
+        ``change`` gets a copy of the decoded data. It returns the new data, ``dscache.KEEP`` to
+        leave the record as it is, or ``dscache.DELETE`` to remove it. None is data too: the record
+        becomes null.
 
-        No step begins after ``commandTimeout``; one that has begun has as much of its own. Raises
-        what ``change`` raises, and nothing is written then; RecordMissing if the record doesn't
-        exist and no default is given; DeadlineExceeded if other writers or the change took all of
-        the time; RecordError if the record has the highest version; and ConnectionLost or
-        DeadlineExceeded if the write may or may not have happened.
+        The new data is written with the next version, and only if no other writer was first.
+        Otherwise the record is read again and ``change`` is called again, until ``commandTimeout``
+        is over. So ``change`` may be called several times.
+
+        ``default`` is the data of a record that doesn't exist. The new data is then written with
+        version 1. ``ttl`` is that of ``set``. With a ``type``, the data that ``change`` gets and
+        the data of the result are of that type, as of ``get``. Updates of one record by one cache
+        run one after the other.
+
+        No step begins after ``commandTimeout``. A step that has begun has a ``commandTimeout`` of
+        its own.
+
+        Raises RecordError for a bad name, default or ttl, and TypeError for a ``change`` that can't
+        be called. Raises what ``change`` raises, and nothing is written then; RecordMissing if the
+        record doesn't exist and no default is given; DeadlineExceeded if other writers or the
+        change took all of the time; RecordDamaged if the stored value isn't a record, or doesn't
+        fit the type; RecordError if the new data can't be encoded, or the record has the highest
+        version; UsageError if ``change`` is async, or updates the same record; and ConnectionLost
+        or DeadlineExceeded if the write may have happened.
         """
         check_change("update", change)
         if type is not None:
@@ -317,14 +343,19 @@ class Cache(CacheBase[Pool | MemoryPool]):
     ) -> Record:
         """Change part of a record's data; return the Record.
 
-        ``merge`` is a JSON merge patch (RFC 7396): its members replace those of the record, objects
-        are merged, and None removes a member. Or ``path`` names one value, such as ``a.b[0]``, as
-        in deepstream's client: ``value`` replaces it, or it is removed if no value is given.
-        Missing objects and lists on the way are created. ``default`` and ``ttl`` are those of
-        ``update``. A patch that changes nothing writes nothing, unless it has a ``ttl``.
+        Pass either ``merge`` or ``path``:
 
-        Raises RecordError for a bad patch or path, or if the data has no place for the value, and
-        the errors of ``update``.
+        - ``merge`` is a JSON merge patch (RFC 7396). Its members replace those of the record,
+          objects are merged, and None removes a member.
+        - ``path`` names one value, such as ``a.b[0]``, in the syntax of deepstream's client.
+          ``value`` replaces it. Without a ``value`` it is removed. Missing objects and lists on the
+          way are created.
+
+        ``default`` and ``ttl`` are those of ``update``. A patch that changes nothing writes
+        nothing, unless it has a ``ttl``.
+
+        Raises RecordError for a bad patch or path. Raises RecordError if the data has no place for
+        the value. The call also raises the errors of ``update``.
         """
         name, text = check_arguments(name, default, ttl)
         change = patch_of(name, merge, path, value)
@@ -423,15 +454,19 @@ class Cache(CacheBase[Pool | MemoryPool]):
     ) -> Scan[Any]:
         """Iterate over all names that begin with a prefix, or over their Records.
 
-        Every name that exists all the time is found, also while slots of a cluster move. A name
-        that is written or deleted meanwhile may be found or not, and a name may be found twice.
-        Names are those of version keys, so that a half record is found if it has one; with
-        ``records``, the whole records alone are read, in bulk. ``count`` is about how many keys a
-        server visits at a time. ``cursor`` is the ``cursor`` of an earlier scan, which goes on
-        behind its last batch. The scan has a connection of its own, to one server at a time.
+        The scan finds every name that exists from its beginning to its end, also while slots of a
+        cluster move. A name that is written or deleted meanwhile may be found or not. A name may be
+        found twice. A half record is found if its version key exists.
 
-        Raises UsageError at the call for a bad argument. The iteration raises what operations
-        raise, and BulkError if records can't be read; it may go on behind that.
+        With ``records``, the records are read in bulk, and half ones are left out. With a ``type``,
+        which needs ``records``, their ``data`` is of that type. ``count`` is about how many keys a
+        server visits at a time, from 1 to 100,000. ``cursor`` is the ``cursor`` of an earlier scan.
+        The new scan goes on behind the last batch of that one. The scan has a connection of its
+        own, to one server at a time.
+
+        Raises UsageError at the call for a bad argument, and TypeError for a type that msgspec
+        doesn't know. The iteration raises the errors of ``get``, and BulkError for records that
+        can't be read. It can go on after an error.
         """
         from .blocking.scan import Scan  # most programs don't scan
 
@@ -486,17 +521,21 @@ class Cache(CacheBase[Pool | MemoryPool]):
     ) -> Watch[Any]:
         """Watch the records whose names begin with a prefix: ``with``, then ``for``.
 
-        Each change has a ``kind``, the ``name`` and its present ``version``, with ``records`` also
-        the ``record``. Several changes of a name that come faster than they are taken are one.
-        After the last write, the last change of each name has its last version. A gap, in which
-        changes may be missed, is a change of kind "gap", and "resumed" ends it. If more than
-        ``max_pending`` names wait to be taken, they are dropped, with a gap. With a ``type``, the
-        ``data`` of the records is of that type, and one that doesn't fit is "damaged".
+        A change of a record has a ``kind``, the ``name`` and its present ``version``. With
+        ``records`` it has the ``record`` too. Several changes of a name that come faster than they
+        are taken are one. After the last write, the last change of each name has its last version,
+        unless a gap is reported.
+
+        A change of kind "gap" says that changes may be missed from then on, and "resumed" ends the
+        gap. If more than ``max_pending`` names wait to be taken, they are dropped, with a gap. With
+        a ``type``, the ``data`` of the records is of that type. A record that doesn't fit is a
+        change of kind "damaged".
 
         A thread for each primary takes the reports, over a connection of its own. The servers need
-        client tracking: Redis 6 or newer. Raises UsageError at the call for a bad argument.
-        Entering the block raises ConnectError if a primary can't be reached, and ReplyError if it
-        refuses. The iteration raises ConnectionLost once the cache is closed.
+        client tracking: Redis 6 or newer. Raises UsageError at the call for a bad argument, and
+        TypeError for a type that msgspec doesn't know. Entering the block raises ConnectError if a
+        primary can't be reached, and ReplyError if it refuses. The iteration raises ConnectionLost
+        once the cache is closed.
         """
         from .blocking.watch import Watch  # most programs don't watch
 
@@ -562,21 +601,23 @@ class Cache(CacheBase[Pool | MemoryPool]):
         keep_missing: int | timedelta | None = None,
         type: Any = None,
     ) -> Record | None:
-        """Return a record; if it is missing, ``load(name)`` makes it, once for all callers.
+        """Read a record, or load it if it is missing; return a Record, or None.
 
-        ``load`` returns the data, or a ``Loaded`` with its version too, or None if there is
-        nothing. However many threads and processes fetch a missing record, one load runs, in the
-        thread of the first caller, and all get its result. A write by anybody else while the load
-        runs is never overwritten, but returned.
+        If the record is missing, ``load(name)`` returns its data, a ``Loaded`` that has its version
+        too, or None if there is nothing. One load runs, however many threads and processes fetch
+        the record, in the thread of the first caller, and all get its result. A write by another
+        program while the load runs is never overwritten: that record is the result.
 
-        ``ttl`` is the lifetime of a loaded record, as for ``set``; ``jitter`` makes it differ by up
-        to that part. After ``refresh_after`` one caller loads the record anew while all others
-        still get it at once; up to 32 callers of a cache do so at a time. ``keep_missing`` is how
-        long a load's None is remembered for all processes. All three are whole seconds or a
-        timedelta. With a ``type``, the record's ``data`` is of that type, as of ``get``.
+        ``ttl`` is the lifetime of a loaded record, as for ``set``. ``jitter`` varies it at random,
+        by up to that share. After ``refresh_after``, one caller loads the record anew while all
+        others still get the old record at once. Up to 32 callers of a cache do so at a time.
+        ``keep_missing`` is how long all processes remember that a load returned None. All three
+        times are whole seconds or a timedelta. With a ``type``, the record's ``data`` is of that
+        type, as of ``get``.
 
-        Raises LoadError if the load of a missing record fails, RecordError for a bad argument,
-        TypeError for a ``load`` that can't be called, and all errors of ``get`` and ``set``.
+        Raises RecordError for a bad argument, TypeError for a ``load`` that can't be called or is a
+        coroutine function, and LoadError if the load of a missing record fails, or has failed a
+        moment ago. The call also raises the errors of ``get`` and ``set``.
         """
         # An opened cache has a function of the core in this one's place.
         fetch = self._quick_fetch
@@ -642,14 +683,15 @@ class Cache(CacheBase[Pool | MemoryPool]):
         keep_missing: int | timedelta | None = None,
         type: Any = None,
     ) -> dict[str, Record]:
-        """Return records; one ``load_many(missing names)`` makes the missing ones.
+        """Read records, or load the missing ones together; return a dict of the Records by name.
 
-        ``load_many`` gets a list of names, and returns a mapping of name to data or ``Loaded``; a
-        name without data has no record. A name that another caller loads already is waited for
-        instead. The result maps the names found to Records, in the order of ``names``. The options
-        are those of ``fetch``.
+        ``load_many`` gets a list of the names that are missing and that no other caller loads. It
+        returns a mapping of name to data or ``Loaded``. A name without data has no record. The
+        result has the names found, in the order of ``names``. The options are those of ``fetch``.
 
-        Raises BulkError, which has the errors and the other records, if some can't be loaded.
+        Raises RecordError for a bad argument, TypeError for a ``load_many`` that can't be called or
+        is a coroutine function, and BulkError if some records can't be read or loaded; it has their
+        errors and the other records.
         """
         if not callable(load_many):
             raise no_load("fetch_bulk", "load_many", load_many)
@@ -670,11 +712,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
         return typed.all_with_type(found, errors, type, "fetch_bulk")
 
     def when_ready(self) -> None:
-        """Wait until the cache is connected.
+        """Wait until the cache is connected: on a cluster, to every primary that can be reached.
 
         Raises ConnectError after ``connectTimeout``, ReplyError at once if the server refuses the
         login or the database (WRONGPASS, NOAUTH), and ConfigError if ``nodes`` belong to no
-        cluster.
+        cluster, or the cluster doesn't have the ``db``.
         """
         self._open()
         assert self._topology is not None
@@ -691,7 +733,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
     stats.__doc__ = CacheBase.stats.__doc__
 
     def close(self) -> None:
-        """Close, after other threads' operations have finished or ``closeTimeout`` is over.
+        """Close the cache, once all operations have finished or ``closeTimeout`` is over.
 
         Later operations raise UsageError. A second call does nothing.
         """

@@ -1,7 +1,7 @@
 """A pytest plugin: fixtures for tests of programs that use dscache.
 
-pytest finds it after ``pip install dscache``; ``-p no:dscache.testing`` disables it. It works with
-any plugin for async tests, or without one.
+pytest finds it after ``pip install dscache``. The option ``-p no:dscache.testing`` disables it. It
+works with any plugin for async tests, or without one.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def _dscache_process() -> Iterator[EmbeddedServer]:
 
 @pytest.fixture
 def dscache_server(_dscache_process: EmbeddedServer) -> EmbeddedServer:
-    """A private, empty Redis or Valkey server, a dscache.embedded.EmbeddedServer.
+    """A private, empty Redis or Valkey server: a dscache.embedded.EmbeddedServer.
 
-    Pass ``dscache_server.url`` to the tested program. One server is started for the whole run (one
-    for each process of pytest-xdist), at its first use. Each test gets it running and empty, even
-    if the previous test left data or stopped or paused it. If no server is installed, the test
-    fails with the remedy.
+    Pass ``dscache_server.url`` to the tested program. One server is started for the whole run, at
+    its first use. With pytest-xdist, each process has its own. Each test gets the server running
+    and empty, even if the previous test left data or stopped or paused it. If no server is
+    installed, the test fails with the remedy.
     """
     import redis  # not needed by tests without a server
 

@@ -25,6 +25,7 @@ from clients.work import (
     PATIENCE_SECONDS,
     RECORDS,
     VERSION,
+    WRITTEN,
     Work,
     chosen,
     decode,
@@ -172,8 +173,9 @@ class _Dscache:
         if work.if_newer:
             self._how["if_newer"] = True
         # With if_newer each write must be newer than all before, those of other clients included,
-        # or nothing would be written. No client writes faster than one a nanosecond.
-        self._versions = itertools.count(time.time_ns()) if work.if_newer else None
+        # or nothing would be written. No client writes faster than one a nanosecond. Writes that
+        # are compared with those have as long versions: Redis keeps an object for each small one.
+        self._versions = itertools.count(time.time_ns()) if work.kind == WRITTEN else None
         # Raw, as a server would call them: without a wrapper around the results.
         cache = self._cache
         self.get: Any = self._get_decoded if work.decode else cache.get

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 
 import pytest
 
 import dscache
-from api_sections import COMPLETE, PARAMETERS, with_sections
+from api_sections import COMPLETE, OTHERS, PARAMETERS, known_parameters, with_sections
 
 
 def test_results_and_errors_become_sections() -> None:
@@ -62,3 +63,41 @@ def test_every_parameter_is_described(kind: type) -> None:
     for name, method in inspect.getmembers(kind, inspect.isroutine):
         if not name.startswith("_"):
             assert {*inspect.signature(method).parameters} - {"self"} <= PARAMETERS.keys(), name
+
+
+def test_a_parameter_is_described_for_its_own_function() -> None:
+    assert known_parameters("dscache.sync.Cache.get")["name"] == PARAMETERS["name"]
+    assert "event" in known_parameters("dscache.deepstream.events.Events.emit")["name"]
+    assert "metrics" in known_parameters("dscache.prometheus.register")["name"]
+    assert known_parameters("dscache.otel.attributes_of") == {}
+
+
+@pytest.mark.parametrize("path", OTHERS)
+def test_described_parameters_exist(path: str) -> None:
+    found = pkgutil.resolve_name(path)
+    functions = [found] if inspect.isroutine(found) else vars(found).values()
+    named = {
+        parameter
+        for one in functions
+        if inspect.isroutine(one)
+        for parameter in inspect.signature(getattr(one, "__func__", one)).parameters
+    }
+    assert OTHERS[path].keys() <= named
+
+
+def test_a_result_may_have_a_colon_in_a_name() -> None:
+    made = with_sections("Return a cache of a URL or ``host:port``: open.", {})
+    assert "Returns:\n    A cache of a URL or ``host:port``, open." in made
+
+
+def test_lists_stay_lists() -> None:
+    text = """Return counters.
+
+        - ``reads``: records read,
+          found or not
+        - ``writes``
+
+        Raises UsageError if closed."""
+    made = with_sections(text, {})
+    assert "- ``reads``: records read,\n  found or not\n- ``writes``" in made
+    assert "Raises:\n    UsageError: If closed." in made

@@ -1,11 +1,15 @@
 """The connection to one node: made, watched and made again, while operations wait for it.
 
 A Connection owns the Pipeline of its node, which outlives every socket. ``endpoint.py`` opens a
-socket and logs in; ``protocol.py`` is the socket.
+socket and logs in. ``protocol.py`` is the socket.
 
-States: *connecting* (operations wait until their deadline), *ready*, *refused* (the server has
-refused the handshake: operations fail at once with its error, while attempts go on, since a
-password may be put right) and *closed*.
+A Connection is in one of four states:
+
+- *connecting*: operations wait until their deadline
+- *ready*
+- *refused*: the server has refused the handshake, and operations fail at once with its error;
+  attempts go on, since a password may be put right
+- *closed*
 """
 
 from __future__ import annotations
@@ -85,10 +89,10 @@ class NodeListener:
 class Connection(LoopBound):
     """The connection to one node: made, kept, made again, and closed.
 
-    With a ``cluster`` it is one of several, and with ``read_only`` a replica answers reads.
-    ``entry`` is where operations go: its pipeline, or a near cache before it, which on a cluster
-    is ``near`` for all nodes. ``endpoint`` replaces the one server that ``options`` name, and
-    ``inbox`` takes the messages that arrive. The nodes of a cluster share a ``resolver``, and the
+    With a ``cluster`` it is one of several. With ``read_only`` a replica answers reads. Operations
+    go to ``entry``: its pipeline, or a near cache before that. On a cluster all nodes have the same
+    near cache, ``near``. ``endpoint`` replaces the one server that ``options`` name. ``inbox``
+    takes the messages that arrive. The nodes of a cluster share a ``resolver``, and the
     ``announcements`` of their maintenance.
     """
 
@@ -355,10 +359,10 @@ class Connection(LoopBound):
             self._flush()
 
     def _on_away(self) -> None:
-        """Leave a server that is no longer the right one, or let one be that is busy.
+        """Leave a server that is no longer the right one, or wait for a busy one.
 
-        Nothing more is sent, and the commands under way get their replies first: otherwise it
-        would be unknown whether their writes have happened.
+        Nothing more is sent, and the commands under way get their replies first. Otherwise it would
+        be unknown whether their writes have happened.
         """
         pipeline, link, code = self.pipeline, self.link, self.pipeline.away
         leaves = code in constants.LEFT_FOR

@@ -46,11 +46,11 @@ class SocketProtocol(asyncio.BufferedProtocol):
     """A socket: hands incoming data to the pipeline, and measures silence.
 
     An exception may strike on any line here: want of memory, too deep a stack, a signal handler
-    that raises. Between the moment when the pipeline counts a command as sent and the one when
-    its bytes are with the socket, that would give every later reply to the wrong operation. So
-    ``is_sending`` and ``is_reading`` are set before anything happens and unset behind it, by no
-    ``finally``. While one of them is left over, incoming data is dropped, nothing is sent, and the
-    next call of any kind ends the socket.
+    that raises. If it strikes after the pipeline has counted a command as sent, and before its
+    bytes are with the socket, every later reply would go to the wrong operation. So ``is_sending``
+    and ``is_reading`` are set before anything happens and unset behind it, without ``finally``.
+    While one of them is left over, incoming data is dropped, nothing is sent, and the next call of
+    any kind ends the socket.
     """
 
     def __init__(self, owner: ProtocolListener, pipeline: Pipeline) -> None:

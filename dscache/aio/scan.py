@@ -43,7 +43,7 @@ class ScanDriver(LoopBound):
         return owner, cluster.look_again
 
     async def advance(self, finds: Finds[Any]) -> bool:
-        """Go on to the next names; return False at the end."""
+        """Find the next names; return False at the end."""
         self._check_cache()
         if not self._has_begun:
             await self._topology.when_ready()
@@ -85,7 +85,7 @@ class AsyncScan(ScanDriver, AsyncIterator[Item]):
     """The names or Records of a prefix, by ``async for``; made by ``AsyncCache.scan``.
 
     It has no connection and no task of its own, so an iteration may stop anywhere. An exception
-    doesn't end it: the next iteration goes on behind the last names that were found.
+    doesn't end it: the next step goes on behind the last names that were found.
     """
 
     def __init__(
@@ -111,12 +111,15 @@ class AsyncScan(ScanDriver, AsyncIterator[Item]):
 
     @property
     def cursor(self) -> str:
-        """A text with which another scan goes on behind the last batch that was taken whole."""
+        """A text with which another scan goes on behind the last batch that was taken whole: str.
+
+        Pass it as ``cursor`` to ``scan`` with the same prefix, servers and key layout.
+        """
         return self._finds.cursor()
 
     @property
     def skipped(self) -> int:
-        """How many keys were left out so far, as the names in them are no UTF-8."""
+        """The number of keys left out so far, because the names in them aren't UTF-8: int."""
         return self._finds.scan.skipped
 
     def __aiter__(self) -> Self:

@@ -22,12 +22,13 @@ _CHECK_ASKED = 0.05
 class SlotHold:
     """Operations on some slots of a cluster, held until it is certain which node serves them.
 
-    Redirected operations wait here, together with all later operations on the same slots, until
-    the node that redirected them has answered all commands that were in flight when the hold began
-    (``fence``): it may redirect more of them. Then all operations go on, oldest first, so that no
-    later operation overtakes an earlier one. The hold's pipeline has no connection; it enforces
-    deadlines. ``new_pipeline`` makes it from its ``wake``. ``entered`` is called after each tick in
-    which operations came.
+    Redirected operations wait here, together with all later operations on the same slots. They wait
+    until the node that redirected them has answered all commands that were in flight when the hold
+    began (``fence``), since it may redirect more of them. Then all operations go on, oldest first,
+    so that no later operation overtakes an earlier one.
+
+    The hold's pipeline has no connection, and enforces deadlines. ``new_pipeline`` makes it from
+    its ``wake``. ``entered`` is called after each tick in which operations came.
 
     Operations that are to ask another node (ASK) go in rounds. That node may refuse one operation,
     because its key is still on its way, and serve the next one. So the slot stays held until the

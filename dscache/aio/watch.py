@@ -31,10 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AsyncChange(Change[DataT]):
-    """A change that an AsyncCache has heard of."""
+    """A change that a watch of an AsyncCache reports."""
 
     def read(self) -> Awaitable[Record[DataT] | None]:
-        """Read the record as it is now, from its primary; the result is None without one."""
+        """Read the record as it is now from its primary; the result is a Record, or None.
+
+        It must be awaited, and raises the errors of ``AsyncCache.get``.
+        """
         assert self._read is not None
         found: Awaitable[Record[DataT] | None] = self._read(self.name)
         return found
@@ -272,7 +275,7 @@ class AsyncWatch(WatchBase, AsyncIterator[AsyncChange[DataT]]):
     """The changes of the records of a prefix, by ``async with`` and ``async for``.
 
     Made by ``AsyncCache.watch``. It listens from the beginning of the block to its end, and keeps
-    its cache until then.
+    its cache from being dropped until then.
     """
 
     _made_with = _Watching
@@ -291,7 +294,10 @@ class AsyncWatch(WatchBase, AsyncIterator[AsyncChange[DataT]]):
         await self.close()
 
     async def close(self) -> None:
-        """End the watch, its connections and tasks; a second call does nothing."""
+        """End the watch, its connections and tasks; a second call does nothing.
+
+        An iteration under way ends.
+        """
         await self.end(None)
 
     async def end(self, reason: Exception | None) -> None:

@@ -89,12 +89,17 @@ def _behind(look: Callable[[], object], poll: Callable[[int], object], timeout: 
 class Connection:
     """A pipeline and, most of the time, a socket.
 
-    ``admitted``: it holds one of its pool's places. ``ready``: it may be lent again as it is.
-    ``retired``: it is not lent again. ``gone``: its socket was ended for good. ``greeting`` has
-    what the server has last said of itself, and ``identity`` tells servers apart, where there is a
-    near cache. ``info`` is of the server, and ``connects`` the number of sockets so far. ``unsent``
-    is output that the socket has not taken yet, and ``events`` are those of poll to wait for.
-    ``announces``: the server announces its maintenance over this socket.
+    - ``admitted``: whether it holds one of its pool's places
+    - ``ready``: whether it may be lent again as it is
+    - ``retired``: whether it isn't lent again
+    - ``gone``: whether its socket was ended for good
+    - ``greeting``: the server's latest facts about itself
+    - ``identity``: tells servers apart, where there is a near cache
+    - ``info``: the NodeInfo of the server
+    - ``connects``: the number of sockets so far
+    - ``unsent``: output that the socket has not taken yet
+    - ``events``: the events of poll to wait for
+    - ``announces``: whether the server announces its maintenance over this socket
     """
 
     __slots__ = (
@@ -244,9 +249,9 @@ class Connection:
             self.give_up()
 
     def _be_put_off(self, rest: float, put_offs: int) -> None:
-        """Let a busy server be, for ``rest`` seconds at most, or leave one by ConnectionLost.
+        """Wait for a busy server, at most ``rest`` seconds, or leave it by ConnectionLost.
 
-        Called when all commands under way have their replies: otherwise it would be unknown
+        This is called when all commands under way have their replies. Otherwise it would be unknown
         whether their writes have happened.
         """
         code = self.pipeline.away

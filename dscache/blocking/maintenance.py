@@ -3,19 +3,19 @@
 Theory of operation
 -------------------
 A server announces its maintenance over each connection, and nothing reads from a connection that no
-thread uses. So an announcement waits in the socket of an idle connection until its next use: then
-the thread reads it before it sends anything (``Connection._is_lost``). One thread that has read an
-announcement acts for all, and the other connections of the pool need not have read it.
+thread uses. So an announcement waits in the socket of an idle connection until its next use. The
+thread then reads it before it sends anything (``Connection._is_lost``). The first thread that has
+read an announcement acts for all connections of the pool.
 
 A Follower takes the announcements of one connection, in the thread that uses it, and gives the
 operations there more time. A connection that is made during maintenance begins with more time.
 
 A Mover follows the one server of a pool to its new address. A thread of its own connects there
 while all operations go on over the old connections, since an address that doesn't answer may take
-seconds. Once it has a connection, new ones are made to that address only, idle old ones end, and
-those in use end as soon as their thread has its reply. So no operation is lost, and none is in
-doubt. If every connection is idle until the old server ends them, their next users find them ended,
-and connect to the new address.
+seconds. Once the Mover has a connection, new ones are made to that address only. Idle old
+connections end at once, and used ones as soon as their thread has its reply. So no operation is
+lost, and none is in doubt. If the old server ends connections that are idle, their next users find
+them ended, and connect to the new address.
 
 On a cluster, the shared table of slots takes over the slots that have moved (``SlotFollower``).
 Each thread follows the table before its next operation, and connections to nodes that left end when

@@ -1,8 +1,8 @@
 """The near cache of a Cache: its operations, in front of the pool's.
 
-A hit is a call into the core and nothing else. The pool does a miss, and every write, as it does
-without a near cache; this module tells the core of it before and after. The theory of operation
-stands in ``core/shared_near.py``.
+A hit is a call into the core and nothing else. The pool does misses and writes, as it does without
+a near cache. This module tells the core of each, before and after. The theory of operation stands
+in ``core/shared_near.py``.
 """
 
 from __future__ import annotations

@@ -9,37 +9,38 @@ are those of ``core/shared_near.py``, with processes in the place of threads.
 
 **Changes are made under a lock, and hits take none.** The lock is an ``flock``, so the system
 releases it if its process dies. A process that finds it released in the middle of a change drops
-all entries. No process waits for the lock for longer than some milliseconds: a read does without
-an entry then, and a step that has to drop one drops all instead, by an atomic addition to the
-number of the epoch.
+all entries. No process waits for the lock for longer than some milliseconds. After that, a read
+does without an entry. A step that has to drop an entry then drops all of them, by an atomic
+addition to the number of the epoch.
 
 **A hit is never half an entry.** Each entry has a sequence number, which is odd while the entry is
-written. A reader copies the entry and returns it only if the number, and that of the epoch,
-are the same before and after. The texts lie in blocks that other entries may take over, but only
-after the number of the first one has changed. The numbers are read and written by atomic
-operations with the fences that this takes on any processor. An entry has the whole name, so that
+written. A reader copies the entry, and returns it only if the number of the entry and that of the
+epoch are the same before and after. The texts lie in blocks that other entries may take over, but
+only after the number of the former entry has changed. The numbers are read and written by atomic
+operations, with the fences that any processor needs for this. An entry has the whole name, so that
 another name with the same hash isn't mistaken for it.
 
-**The fence** is the same: a read puts its empty entry into the segment before it is sent, with a
-ticket that no other entry ever has. A report, a write and an answer that differs drop the entry;
-the answer fills it only if ticket and epoch are still the same.
+**The fence.** A read puts its empty entry into the segment before it is sent, with a ticket that no
+other entry ever has. A report, a write or an answer that differs drops the entry. The answer fills
+the entry only if ticket and epoch are still the same.
 
-**The epoch** is a number in the segment: even while the owner hears of changes, else odd. It grows
-when a connection begins or ends and at a flush. An entry is of the epoch in which its read
-was sent. Together with the epoch stands the time up to which the owner knows of every change. If
-the owner dies or stops, that time stands still, and hits end within ``idle_limit``. The next owner
-first ends the epoch.
+**The epoch** is a number in the segment. It is even while the owner hears of changes, and odd
+otherwise. It grows when a connection begins or ends, and at a flush. An entry is of the epoch in
+which its read was sent. Beside the epoch stands the time up to which the owner knows of every
+change. If the owner dies or stops, that time stands still, and hits end within ``idle_limit``. The
+next owner first ends the epoch.
 
-**Own writes** are fenced in the process from the call to the reply, as without ``shared``: it
-serves no entry of the name meanwhile. The entry of all processes is dropped at either end, so that
-a record read by another process during the write is not served here after it.
+**Own writes** are fenced in the process from the call to the reply, as without ``shared``: the
+process serves no entry of the name meanwhile. The entry of all processes is dropped before and
+after the write. So a record that another process has read during the write isn't served here after
+it.
 
 **Is it the same server?** An answer is kept only if the server that gave it is the one that reports
-its changes. And a process serves nothing before an answer of its own has shown, for each
-connection of the owner anew, that it speaks with that server too.
+its changes. A process serves nothing before an answer to itself has shown that it speaks with that
+server too. It needs such an answer for each new connection of the owner.
 
-A forked child maps the segment anew, with locks of its own, at its first use. Until then, it has
-nothing: with the open files of its parent it would also have its parent's locks.
+A forked child maps the segment anew, with locks of its own, at its first use. Until then it has no
+segment: with the open files of its parent it would also have its parent's locks.
 """
 
 from __future__ import annotations

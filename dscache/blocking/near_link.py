@@ -123,10 +123,10 @@ class NearConnection(ControlConnection):
 class NearLink:
     """Hears of the changes of one server, in a thread of its own.
 
-    ``on_connected`` is called with the connection before anything is cached, and may raise
-    DscacheError to refuse the server. ``on_lost`` is called after a loss, and after each attempt
-    in vain. With the ``pool`` of the cache, the link goes with it to another address, and has it
-    follow what the server announces over the link.
+    ``on_connected`` is called with the connection before anything is cached. It may raise
+    DscacheError to refuse the server. ``on_lost`` is called after a loss, and after each attempt in
+    vain. With the ``pool`` of the cache, the link follows the pool to another address, and has the
+    pool follow the announcements of the server.
     """
 
     def __init__(

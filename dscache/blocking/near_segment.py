@@ -3,8 +3,8 @@
 A segment is a file that every process maps, and two empty ones beside it. Each lock is an
 ``flock``, which the system releases at the death of its process:
 
-- on the file itself, shared, while a process uses it. A process that can have it alone knows that
-  no other one is left: it removes the files. So it does with files of processes that were killed.
+- on the file itself, shared, while a process uses it. A process that gets this lock for itself
+  alone knows that no other process is left, and removes the files, also those of killed processes.
 - on ``.lock``, while a process changes the segment.
 - on ``.owner``, by the process that hears of the changes.
 

@@ -2,17 +2,17 @@
 
 Theory of operation
 -------------------
-A thread takes a Connection from ``_idle``, puts its operation into the connection's pipeline, sends
-and receives by itself, and puts the connection back: two steps of a deque, which need no lock. Only
-a thread that finds ``_idle`` empty takes the longer way: it makes a connection and reserves a place
-for it among ``maxConnections``, or waits for one that another thread puts back, first come, first
-served.
+A thread takes a Connection from ``_idle`` and puts its operation into the connection's pipeline. It
+sends and receives by itself, and puts the connection back. The deque needs no lock for this. A
+thread that finds ``_idle`` empty makes a connection, and reserves a place for it among
+``maxConnections``. If no place is free, it waits for a connection that another thread puts back.
+The thread that has waited longest gets it.
 
 An exception may strike a thread between any two steps: Ctrl-C, a signal handler that raises, a
-greenlet that is killed. It may be of any class, also of this package. The connection is then never
-put back but ended, since its reply is still to come; unless the thread has given it away already.
-Its place is not lost either: places are not counted but held by the connections themselves, and
-dead ones hold none (``_prune``).
+greenlet that is killed. It may be of any class, also of this package. The connection is then ended
+instead of being put back, since its reply is still to come, unless the thread has given it away
+already. Its place isn't lost: places are not counted but held by the connections themselves, and
+dead connections hold none (``_prune``).
 
 After a fork, the child drops its parent's connections and closes their sockets without a word.
 """

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class Scan(Iterator[Item]):
     """The names or Records of a prefix, by ``for``; made by ``Cache.scan``.
 
-    It opens a connection to each server in turn, and closes it at the end of the iteration, in
-    ``close``, or when it is dropped. An exception doesn't end it: the next iteration goes on
-    behind the last names that were found.
+    It opens a connection to each server in turn. It closes the connection at the end of the
+    iteration, in ``close``, or when it is dropped. An exception doesn't end it: the next step goes
+    on behind the last names that were found.
     """
 
     def __init__(
@@ -68,12 +68,15 @@ class Scan(Iterator[Item]):
 
     @property
     def cursor(self) -> str:
-        """A text with which another scan goes on behind the last batch that was taken whole."""
+        """A text with which another scan goes on behind the last batch that was taken whole: str.
+
+        Pass it as ``cursor`` to ``scan`` with the same prefix, servers and key layout.
+        """
         return self._finds.cursor()
 
     @property
     def skipped(self) -> int:
-        """How many keys were left out so far, as the names in them are no UTF-8."""
+        """The number of keys left out so far, because the names in them aren't UTF-8: int."""
         return self._finds.scan.skipped
 
     def close(self) -> None:
@@ -126,7 +129,7 @@ class Scan(Iterator[Item]):
                 raise
 
     def _advance(self) -> bool:
-        """Go on to the next names; return False at the end."""
+        """Find the next names; return False at the end."""
         self._check_cache()
         if not self._has_begun:
             self._topology.when_ready()

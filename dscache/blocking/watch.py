@@ -49,10 +49,13 @@ _GRACE: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class BlockingChange(Change[DataT]):
-    """A change that a Cache has heard of."""
+    """A change that a watch of a Cache reports."""
 
     def read(self) -> Record[DataT] | None:
-        """Return the record as it is now, from its primary, or None without one."""
+        """Return the record as it is now, read from its primary, or None without one.
+
+        The call raises the errors of ``Cache.get``.
+        """
         assert self._read is not None
         found: Record[DataT] | None = self._read(self.name)
         return found
@@ -397,7 +400,7 @@ class Watch(WatchBase, Iterator[BlockingChange[DataT]]):
     """The changes of the records of a prefix, by ``with`` and ``for``; made by ``Cache.watch``.
 
     It listens from the beginning of the block to its end, in a thread for each primary, and keeps
-    its cache until then.
+    its cache from being dropped until then.
     """
 
     _made_with = _Watching
@@ -411,7 +414,10 @@ class Watch(WatchBase, Iterator[BlockingChange[DataT]]):
         self.close()
 
     def close(self) -> None:
-        """End the watch, its connections and threads; a second call does nothing."""
+        """End the watch, its connections and threads; a second call does nothing.
+
+        An iteration under way ends.
+        """
         self.end(None)
 
     def end(self, reason: Exception | None) -> None:

@@ -61,14 +61,20 @@ def load(
 ) -> Config:
     """Return the configuration of a cache.
 
-    ``source`` is the path of a ``.yml``, ``.yaml`` or ``.json`` file (str or PathLike), a mapping,
-    a URL, ``host:port``, ``localhost``, or a Config, which is returned. A file or mapping is either
-    deepstream's whole configuration, of which only the cache's section is read, or that section
-    alone; a mapping may also have just the options. In a file, ``${NAME}`` is replaced by the
-    variable of ``environ``, by default the process's environment. A mapping and a URL are taken as
-    they are. ``options`` override those of the source, by their names in a file or in snake_case.
+    ``source`` is one of these:
 
-    Raises ConfigError, which begins with the place of the mistake.
+    - the path of a ``.yml``, ``.yaml`` or ``.json`` file, a str or PathLike
+    - a mapping
+    - a URL, ``host:port`` or ``localhost``
+    - a Config, which is returned
+
+    A file or mapping is either deepstream's whole configuration, of which only the cache's section
+    is read, or that section alone. A mapping may also have just the options. In a file, ``${NAME}``
+    is replaced by the variable of ``environ``, by default the process's environment. A mapping and
+    a URL are taken as they are. ``options`` override those of the source. They are named as in a
+    file, or in snake_case.
+
+    Raises ConfigError, whose text begins with the place of the mistake.
     """
     given, fields = read_arguments(Options, options or {})
     arguments = {name: ARGUMENTS.at(name) for name in given}

@@ -327,10 +327,10 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
 
 
 class Config(ConfigStruct, frozen=True, kw_only=True):
-    """A checked configuration: the kind of cache, its options, and their source.
+    """A checked configuration: the kind of cache (``name``), its ``options``, and their ``source``.
 
-    ``hot_path_prefixes`` are deepstream's ``storageHotPathPrefixes``: its servers write records
-    whose names begin so with version 0 at every write.
+    ``hot_path_prefixes`` are deepstream's ``storageHotPathPrefixes``. Its servers write records
+    whose names begin with one of them with version 0 at every write.
     """
 
     name: Literal["redis", "memory"] = "redis"

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Outcome(Enum):
-    """The type of ``KEEP`` and ``DELETE``."""
+    """The type of ``KEEP`` and ``DELETE``, which a change returns in place of new data.
+
+    ``dscache.KEEP`` leaves the record as it is, and ``dscache.DELETE`` removes it.
+    """
 
     KEEP = "KEEP"
     DELETE = "DELETE"

@@ -11,7 +11,7 @@ from . import constants as c
 
 
 class AnyVersion(Enum):
-    """The type of ``ANY``."""
+    """The type of ``ANY``, the default of ``if_version``: no condition."""
 
     ANY = "ANY"
 
@@ -22,7 +22,7 @@ class AnyVersion(Enum):
 
 
 ANY: Final = AnyVersion.ANY
-"""No condition: the default of ``if_version``. None would mean that there must be no record."""
+"""No condition: the default of ``if_version``, where None means that there must be no record."""
 
 IfVersion: TypeAlias = int | AnyVersion | None
 """A condition on one record."""

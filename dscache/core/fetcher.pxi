@@ -274,6 +274,12 @@ cdef PyMethodDef _quick_method
 _quick_method.ml_name = "fetch"
 _quick_method.ml_meth = <void*>_quick_fetch
 _quick_method.ml_flags = METH_FASTCALL | METH_KEYWORDS
+_quick_method.ml_doc = (
+    b"fetch($self, /, name, load, *, ttl, refresh_after=None, jitter=0.1, keep_missing=None, "
+    b"type=None)\n--\n\n"
+    b"Read a record, or load it if it is missing; the result is a Record, or None.\n\n"
+    b"``AsyncCache.fetch`` describes the arguments and errors."
+)
 
 
 @cython.final
@@ -383,3 +389,9 @@ cdef PyMethodDef _quick_blocking_method
 _quick_blocking_method.ml_name = "fetch"
 _quick_blocking_method.ml_meth = <void*>_quick_blocking
 _quick_blocking_method.ml_flags = METH_FASTCALL | METH_KEYWORDS
+_quick_blocking_method.ml_doc = (
+    b"fetch($self, /, name, load, *, ttl, refresh_after=None, jitter=0.1, keep_missing=None, "
+    b"type=None)\n--\n\n"
+    b"Read a record, or load it if it is missing; return a Record, or None.\n\n"
+    b"``Cache.fetch`` describes the arguments and errors."
+)

@@ -74,7 +74,10 @@ class Fetcher:
         keep_missing: Lifetime | None = None,
         type: Any = None,
     ) -> Any:
-        """Return a waiter for the record."""
+        """Read a record, or load it if it is missing; the result is a Record, or None.
+
+        ``AsyncCache.fetch`` describes the arguments and errors.
+        """
         terms = self._checks.terms_of_call(ttl, refresh_after, jitter, keep_missing)
         if type is not None:
             typed.check_type(type)
@@ -156,7 +159,10 @@ class BlockingFetcher:
         keep_missing: Lifetime | None = None,
         type: Any = None,
     ) -> Any:
-        """Return the record."""
+        """Read a record, or load it if it is missing; return a Record, or None.
+
+        ``Cache.fetch`` describes the arguments and errors.
+        """
         terms = self._checks.terms_of_call(ttl, refresh_after, jitter, keep_missing)
         if type is not None:
             typed.check_type(type)

@@ -79,7 +79,11 @@ _random = SystemRandom()
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The result of a load that gives the version of its record, beside the data."""
+    """The result of a load that chooses the version of its record, beside the data.
+
+    ``version`` is an int from 0 to 2^63-1. ``data`` is any value that msgspec encodes.
+    None is stored as JSON's null.
+    """
 
     version: int
     data: Any

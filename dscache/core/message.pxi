@@ -22,10 +22,11 @@ cdef bytes SPUBLISH_HEADER = e.SPUBLISH
 @cython.no_gc  # as a Record
 @cython.freelist(1024)
 cdef class Message:
-    """One message of another server: immutable, and its JSON decoded only when asked for.
+    """One message of another server: immutable, with its JSON decoded on first access.
 
-    ``topic`` is the topic it came on, ``sender`` the server that sent it, ``raw`` its JSON text.
-    It can be read as the mapping that it holds: ``message["name"]``.
+    ``topic`` is the topic on which it came, ``sender`` the name of the server that sent it, and
+    ``raw`` its JSON text in bytes. A message can be read as the mapping that it holds:
+    ``message["name"]``.
     """
 
     cdef readonly long long topic
@@ -44,7 +45,7 @@ cdef class Message:
 
     @property
     def raw(self):
-        """The JSON text of the message alone."""
+        """The JSON text of the message, without its envelope, in bytes."""
         cdef PyObject* known = dscache_load(raw_of_message(self))
         if known != <PyObject*>None:
             return <object>known
@@ -53,9 +54,9 @@ cdef class Message:
 
     @property
     def data(self):
-        """The decoded JSON: decoded at first access, and shared by all receivers of this message.
+        """The decoded JSON: decoded on first access, and shared by all receivers of this message.
 
-        Raises MessageError if the text is no JSON.
+        Raises MessageError if the text isn't valid JSON.
         """
         cdef PyObject* known = dscache_load(data_of_message(self))
         if known != <PyObject*>_UNDECODED:
@@ -71,7 +72,8 @@ cdef class Message:
     def decode(self, type, /):
         """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other type of msgspec's.
 
-        Raises MessageError, with the path of the part that doesn't fit, or for invalid JSON.
+        Raises MessageError, with the path of the mismatch, if the data doesn't fit, or if the text
+        isn't valid JSON.
         """
         return e.decode_as(self.topic, self.sender, self.raw, self._payload, type)
 
@@ -84,11 +86,11 @@ cdef class Message:
         return self.data.keys()
 
     def values(self):
-        """Return the data's members."""
+        """Return the values of the data's members."""
         return self.data.values()
 
     def items(self):
-        """Return the data's members with their names."""
+        """Return the names of the data's members with their values."""
         return self.data.items()
 
     def __getitem__(self, key, /):
@@ -145,9 +147,10 @@ cdef extern from *:
 cdef class SubscriberQueue:
     """Messages that wait for one subscriber, at most ``max_pending``.
 
-    ``wake`` is called for the first message while the subscriber isn't ``awake``; the subscriber
-    clears ``awake`` when it has taken them all. Beyond the limit, ``overflow`` decides, and
-    ``dropped`` counts. A queue that ``is_shut`` takes no more messages.
+    ``wake`` is called for the first message that arrives while the subscriber isn't ``awake``. The
+    subscriber clears ``awake`` when it has taken all messages. When the queue is full, ``overflow``
+    says which message is dropped, and ``dropped`` counts it. A queue that ``is_shut`` takes no more
+    messages.
     """
 
     cdef readonly object messages
@@ -168,7 +171,7 @@ cdef class SubscriberQueue:
         self._overflow = overflow
 
     cpdef put(self, Message message):
-        """Let a message wait, if there is room, or is made for it."""
+        """Add a message, unless the queue is shut or ``overflow`` drops it."""
         if self.is_shut:
             return
         self.received += 1
@@ -192,9 +195,9 @@ cdef class MessageDispatcher:
     """Gives each message that is pushed to one server to its subscribers of the topic.
 
     ``on_ended`` is called with the pipeline and the push when a server ends a subscription by
-    itself, ``on_damaged`` with a topic and a payload that is no envelope, and ``on_own`` with the
-    topic of a message from the server of this name. ``is_crowded`` returns whether the subscribers
-    have enough to do.
+    itself. ``on_damaged`` is called with a topic and a payload that is no envelope. ``on_own`` is
+    called with the topic of a message from the server of this name. ``is_crowded`` returns whether
+    the subscribers have enough to do.
 
     A message belongs to the topic that it states, as in deepstream's connector. One that states
     none, which only Python sends, belongs to its channel.
@@ -233,7 +236,7 @@ cdef class MessageDispatcher:
         self._topics.setdefault(b"%d" % topic, (topic, []))[1].append(queue)
 
     def leave(self, long long topic, SubscriberQueue queue not None):
-        """Give a queue no more; return whether it was the last of the topic."""
+        """Give a queue no more messages of a topic; return whether it was the last of the topic."""
         channel = b"%d" % topic
         queues = self._topics[channel][1]
         queues.remove(queue)
@@ -339,7 +342,7 @@ cdef class MessageDispatcher:
         return message
 
     cdef Message _read(self, long long topic, bytes payload):
-        """Do so with an envelope that JSON.stringify doesn't write."""
+        """Do as ``_open`` with an envelope that JSON.stringify doesn't write."""
         opened = e.read(payload)
         if opened is None:
             self._count_damaged += 1

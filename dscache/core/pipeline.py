@@ -28,12 +28,12 @@ commands share a slot.
 
 **Repeats.** Redis may refuse a command because it lost the script, or because of one of its
 records. Such a command is sent again and keeps its place: the queue is ordered by the serial
-numbers of the batches. Commands sent behind it are done before the repeat, however:
+numbers of the batches. But Redis does the commands sent behind it before the repeat:
 
-* Reads of the names that it writes are read again behind the repeat.
+* A read of a name that the repeat writes is sent again behind the repeat.
 * A write that a later write of its name has overtaken isn't repeated, because it would undo the
-  later one. Its waiters are attached to the later write (``SupersededWrite``), or get the refusal
-  where the later outcome doesn't determine theirs.
+  later one. Its waiters are attached to the later write (``SupersededWrite``). If the later
+  outcome doesn't determine theirs, they get the refusal.
 * A read that a later write has overtaken gets the refusal, because the value is gone.
 
 **Clusters.** Each node has its pipeline, and the ``Router`` chooses it by slot. Records of one
@@ -47,17 +47,18 @@ is answered, so that nothing newer overtakes it on another node.
 redirections in ``refusals.py``, the same modules for both cores.
 
 **Suspects.** If the server cuts the connection at one operation, each repeat costs all others a
-connection. An operation that was under way twice is therefore a suspect. It waits outside the
-queue, in ``suspects``, until nothing else waits or is in flight, until half of its time is left, or
-until an operation that must not overtake it is next; and then nothing else is sent until it is
-answered. Cut once more, it fails. While there are suspects, the window is 0, so that all output
-goes through ``_take_restricted`` and the usual way needs no test for them.
+connection. An operation that was under way at two losses is therefore a suspect. It waits outside
+the queue, in ``suspects``. Its turn comes when nothing else waits or is in flight, when half of its
+time is left, or when an operation that must not overtake it is next. Nothing else is then sent
+until it is answered. If the connection is cut once more, it fails. While there are suspects, the
+window is 0. All output then goes through ``_take_restricted``, and the usual way needs no test.
 
-**Lost scripts.** Redis refuses every write by script until it has the script again. The first
-repeat brings it, and must not come before the refusals of the others under way: a write issued
-later would then be done before their repeats. So the pipeline sends nothing until those are
-answered, ``script_fence``. If another client has loaded the script meanwhile, a later write under
-way is done, and a write of its name that waits for its repeat is overtaken (``settle_doubts``).
+**Lost scripts.** Redis refuses every write by script until it has the script again, which the
+first repeat brings. The refusals of the other writes under way must come before that: a write
+issued later would otherwise be done before their repeats. So the pipeline sends nothing until they
+have come (``script_fence``). If another client has loaded the script meanwhile, Redis does a later
+write under way. A write of its name that waits for its repeat is then overtaken
+(``settle_doubts``).
 
 **Re-entrancy.** A finalizer, a waiter, ``wake`` or ``create_waiter`` may issue operations in the
 middle of any method. A batch is therefore queued with its first record already in it. While the
@@ -121,29 +122,32 @@ _UNSHARED: Final = (c.SET_IF_NEWER, c.DELETE_IF, c.DELETE, c.READ_KEY, c.WRITE_K
 class Pipeline:
     """The operations of one node on their way to Redis, and their replies on the way back.
 
-    ``create_waiter`` makes the object that an operation returns. ``wake`` is called before the
-    first operation since the last ``take_output`` is queued; if it raises, nothing is queued.
-    ``begin`` is called when enough operations wait for an idle server, and must not raise.
-    ``timeout`` is in seconds; ``ttl``, the default lifetime of records, in whole seconds, 0 for
-    none. ``address`` and ``down``, the reason why there is no connection, appear in error texts.
-    ``has_msetex`` is set for a server that knows MSETEX. With ``single_writes`` a write command
-    holds one record, and with ``single_reads`` an MGET: a proxy hides several servers. With
-    ``whole_scripts`` a script is sent as its text, since the server refuses EVALSHA. ``away`` is
-    the code of an error reply for which the server should be left, or asked again later; the owner
-    of the socket clears it. Without ``reconnects``, a replica's refusal is the outcome of a write.
-    ``near`` is the NearCache in front of the pipeline, or None. ``inbox`` is the MessageDispatcher
-    that takes the messages of its subscriptions; they arrive as ``resp2_pubsub`` replies from a
-    server without RESP3. ``on_push`` is called with each push for neither of them.
+    - ``create_waiter`` makes the object that an operation returns.
+    - ``wake`` is called before the first operation since the last ``take_output`` is queued. If it
+      raises, nothing is queued. A pipeline ``bound`` to one thread also calls it before an
+      operation from another thread.
+    - ``begin`` is called when enough operations wait for an idle server, and must not raise.
+    - ``timeout`` is in seconds. ``ttl`` is the default lifetime of records in whole seconds, 0 for
+      none.
+    - ``address`` and ``down``, the reason why there is no connection, appear in error texts.
+    - ``has_msetex`` is set for a server that knows MSETEX.
+    - With ``single_writes`` a write command holds one record, and with ``single_reads`` an MGET
+      does, since a proxy hides several servers.
+    - With ``whole_scripts`` a script is sent as its text, since the server refuses EVALSHA.
+    - ``away`` is the code of an error reply for which the server should be left, or asked again
+      later. The owner of the socket clears it.
+    - Without ``reconnects``, a replica's refusal is the outcome of a write.
+    - ``near`` is the NearCache in front of the pipeline, or None.
+    - ``inbox`` is the MessageDispatcher that takes the messages of its subscriptions.
+    - ``resp2_pubsub`` is set for a server without RESP3, which sends messages as replies.
+    - ``on_push`` is called with each push that is for neither of them.
+    - ``redirected`` holds the operations that a ``clustered`` node sent away, as (error text, slot,
+      batch). An operation redirected more than ``max_redirections`` times fails.
 
     At most ``max_pending`` records are in flight. With ``refuse_when_full``, an operation raises
-    Overloaded if so many others are pending (a bulk counts as one), or ``max_pending_bytes`` of
-    text to be written; without it, the operation waits. More than ``max_reply_bytes`` without the
-    end of a reply end the connection.
-
-    A pipeline ``bound`` to one thread also calls ``wake`` before an operation from another thread.
-
-    On a ``clustered`` node, ``redirected`` holds the operations that it sent away, as (error text,
-    slot, batch). An operation redirected more than ``max_redirections`` times fails.
+    Overloaded if ``max_pending`` others are pending (a bulk counts as one), or
+    ``max_pending_bytes`` of text to be written. Without it, the operation waits. More than
+    ``max_reply_bytes`` without the end of a reply end the connection.
     """
 
     def __init__(
@@ -407,7 +411,7 @@ class Pipeline:
         self.end_tick()
         queue = self.queue
         if queue and queue[0].deadline <= (now := time.monotonic()):
-            # The caller was too busy to say so by ``expire``; it must not be sent all the same.
+            # The owner was too busy to call ``expire``. A late operation must not be sent anyway.
             recovery.drop_late(self, now)
             self.recount()
         out: list[bytes] = []
@@ -423,7 +427,7 @@ class Pipeline:
                 self.queued -= batch.waiting()
                 queue.popleft()
                 continue
-            self.open_batches.clear()  # it may be one that a finalizer has begun just now
+            self.open_batches.clear()  # the batch may be one that a finalizer has just begun
             batch.freeze()
             if self.clustered and not batch.hash_slots and batch.kind in _GROUPED:
                 batch.group(self._encoder.slot)
@@ -510,8 +514,8 @@ class Pipeline:
             self._bytes_in += len(data)
             self.partial += len(data)
             self._guard.inspect(data, self.address)
-            # The last reply that begins here, which may be incomplete, on its own: the guard likes
-            # to know that one before it ends with the first part.
+            # The last reply that begins here may be incomplete, and is read on its own: the guard
+            # then knows that the replies before it end with the first part.
             last = data.rfind(b"\n*", 1) + 1 if len(data) > c.HEADER_BYTES else 0
             self._reader.feed(data, 0, last or len(data))
             self._parse(data[last:] if last else b"")
@@ -572,7 +576,7 @@ class Pipeline:
             self._awake = True
 
     def _enqueue(self, batch: Batch, is_open: bool) -> None:
-        """Let a batch with all that it needs wait, and others join it if it ``is_open``.
+        """Queue a complete batch. Later operations may join it if it ``is_open``.
 
         The caller has called ``notify_pending``.
         """
@@ -597,7 +601,7 @@ class Pipeline:
         return found if free else None
 
     def _add(self, kind: int, name: str, entry: Any) -> Any:
-        """Let an operation wait; return its entry, or an earlier one of the same name.
+        """Queue an operation; return its entry, or an earlier entry of the same name.
 
         Python's garbage collection, ``wake`` and ``create_waiter`` may issue other operations: a
         batch is queued with its first record in it, as an empty one would be dropped.
@@ -630,9 +634,9 @@ class Pipeline:
             raise
 
     def check_capacity(self, size: int) -> None:
-        """Raise Overloaded if the pipeline is full, for an operation that writes so much.
+        """Raise Overloaded if an operation that writes ``size`` bytes finds the pipeline full.
 
-        Raises the error of ``wake`` in another thread.
+        In another thread than that of a bound pipeline, it raises the error of ``wake``.
         """
         if self._thread and self._thread != get_ident():
             self._wake()
@@ -682,7 +686,7 @@ class Pipeline:
             self.recount()
 
     def _begin_early(self) -> None:
-        """Let the server begin, if it has nothing to do and a part of the tick's operations."""
+        """Call ``begin`` if the server is idle and enough operations wait for it."""
         idle = not self.in_flight and not self.busy
         if self.queued >= c.EARLY_RECORDS and idle and self._begin is not None:
             self._begin()
@@ -720,7 +724,7 @@ class Pipeline:
     # -- replies
 
     def _parse(self, rest: bytes) -> None:
-        """Settle the operations that are answered, also by ``rest``, which follows."""
+        """Settle the operations that the reader's bytes, and ``rest`` behind them, answer."""
         reader = self._reader
         gets, has_data = reader.gets, reader.has_data
         self.arrived = 0.0

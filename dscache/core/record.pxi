@@ -14,12 +14,13 @@ cdef object _decode_json = msgspec.json.Decoder().decode
 cdef class Record:
     """One record as Redis held it: immutable, with its JSON decoded on first access.
 
-    ``name`` is its name, ``version`` an int from 0 to 2^63-1, ``raw`` the JSON text exactly as
-    stored, and ``stale`` true only for a last known record served while Redis is
-    unreachable. A record unpacks: ``version, data = record``.
+    ``name`` is its name, and ``version`` an int from 0 to 2^63-1. ``raw`` is the JSON text exactly
+    as stored, in bytes. ``stale`` is true only for a last known record that a near cache returned
+    while Redis was away. A record unpacks: ``version, data = record``.
 
-    The data of a ``Record[User]`` is a User: a read with ``type=User`` gives it that ``type``, and
-    copies and pickles keep it. Records are equal if name, version and text are.
+    The ``data`` of a record that was read with ``type=User`` is a User, and the record is a
+    ``Record[User]``. Copies and pickles keep the type. Records are equal if name, version and text
+    are equal.
     """
 
     cdef readonly str name
@@ -45,7 +46,7 @@ cdef class Record:
     def data(self):
         """The decoded JSON: decoded on first access, then cached, and shared with no other call.
 
-        Raises RecordError if the stored text is not valid JSON, or doesn't fit the record's type.
+        Raises RecordDamaged if the stored text isn't valid JSON, or doesn't fit the record's type.
         """
         cdef PyObject* known = dscache_load(data_of_record(self))
         if known != <PyObject*>_UNDECODED:
@@ -64,7 +65,9 @@ cdef class Record:
     def decode(self, type, /):
         """Return the data as ``type``: a ``msgspec.Struct``, dataclass or other supported type.
 
-        Raises RecordError with the path of a mismatch, or if the text is not valid JSON.
+        Each call decodes anew. Raises RecordDamaged, with the path of the mismatch, if the data
+        doesn't fit, or if the text isn't valid JSON. Raises TypeError for a type that msgspec
+        doesn't know.
         """
         return json_text.decode_as(self.name, self.version, self.raw, type)
 

@@ -54,14 +54,14 @@ class Arrivals(AsyncIterator[T], Generic[T]):
         return self._take()
 
     def close(self) -> None:
-        """Receive no more; the iteration ends after the waiting values."""
+        """Receive no more values; the iteration ends after the waiting ones."""
         if not self._is_closed:
             self._is_closed = True
             self._on_close(self)
         self._news.set()
 
     async def aclose(self) -> None:
-        """Do the same."""
+        """Do the same as ``close``."""
         self.close()
 
     async def __aenter__(self) -> Self:

@@ -1,9 +1,9 @@
 """Changes of records, from Redis and from the servers' messages, each version once.
 
-Redis reports the name of a changed record, and the watch reads it then: that is always the present
-state, but several changes that come fast are one. A message of a server has each version at once,
-but may be late, or lost. So both are taken, and a version that was given already isn't given again.
-A version of a message that Redis hasn't confirmed within a second is compared with the record.
+Redis reports the name of a changed record, and the watch then reads the record. So it always finds
+the present state, but several quick changes are one. A server's message has each version at once,
+but may be late or lost. So both are used, and a version that was given already isn't given again. A
+version from a message that Redis hasn't confirmed within a second is compared with the record.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ _MAX_KNOWN: Final = 100_000
 class RecordChange(msgspec.Struct, frozen=True, kw_only=True):
     """A change of a record, of all records, or of the iteration itself.
 
-    ``kind`` is that of ``AsyncCache.watch``. ``sender`` is the server whose message told it first,
-    or None if Redis did. ``data`` is the record's data, for "changed".
+    ``kind`` is that of ``AsyncCache.watch``. For "changed", ``version`` and ``data`` are those of
+    the record. ``sender`` is the server whose message told it first, or None if Redis did.
+    ``reason`` is given for "damaged" and "gap".
     """
 
     kind: Kind
@@ -61,7 +62,8 @@ class _Last(msgspec.Struct):
 class RecordChanges(AsyncIterator[RecordChange]):
     """The changes of the records of a pattern, by ``async for``; made by ``peer.records.changes``.
 
-    It begins with the first ``async for`` or ``async with``, and reports changes from then on.
+    It reports changes from its first ``async for`` or ``async with`` until it or the peer is
+    closed.
     """
 
     def __init__(

@@ -1,12 +1,14 @@
 """Membership of deepstream's cluster, and the registries that its servers share.
 
-Each server tells the others on Topic.CLUSTER that it is alive, and on Topic.STATE_REGISTRY the
-names that it has in each registry: the RPCs that its clients provide, the users that are online.
-A server that sees another one for the first time requests its names, and one that hears nothing of
-another for ``nodeInactiveTimeout`` removes it, with its names.
+Each server tells the others on Topic.CLUSTER that it is alive. On Topic.STATE_REGISTRY it tells the
+names that it has in each registry: the RPCs that its clients provide, and the users that are
+online. A server that sees another one for the first time requests that one's names. A server that
+hears nothing of another for ``nodeInactiveTimeout`` removes it, with its names.
 
-Servers elect the one with the highest ``leaderScore`` above 0 leader; it grants locks. A peer has
-the score -1, so that no server ever elects it.
+Servers elect the one with the highest ``leaderScore`` above 0 leader, and the leader grants locks.
+A peer has the score -1, so no server ever elects it.
+
+Source: ``@deepstream/server`` 7.0.2, ``services/cluster-state`` and ``services/cluster-registry``.
 """
 
 from __future__ import annotations

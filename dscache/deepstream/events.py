@@ -1,4 +1,4 @@
-"""Events: messages by name. Redis keeps none."""
+"""Events: messages by name, to clients and peers that are subscribed at that moment."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Overflow = Literal["drop_oldest", "drop_newest", "disconnect"]
 
 
 class Event(msgspec.Struct, frozen=True):
-    """An event: its name, its data, and the server that it came from."""
+    """An event: its ``name``, decoded ``data``, and ``sender``, the server that it came from."""
 
     name: str
     data: Any
@@ -46,8 +46,8 @@ class _Received(msgspec.Struct, rename="camel"):
 class Listening(Arrivals[Event]):
     """The events of a pattern, by ``async for``; made by ``peer.events.listen``.
 
-    It receives events from its creation until it is closed or the peer is. ``dropped`` counts the
-    events that found no room.
+    It receives events from its creation until it or the peer is closed. ``dropped`` counts the
+    events that were dropped because ``max_pending`` others waited.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Listening(Arrivals[Event]):
         self._is_overloaded = False
 
     def put(self, event: Event) -> None:
-        """Let an event wait, if there is room, or is made for it."""
+        """Add an event, unless the iteration is closed or ``overflow`` drops it."""
         if self._is_closed:
             return
         if len(self._events) >= self._max_pending:
@@ -117,11 +117,13 @@ class Events:
         self.emitted = self.received = self.damaged = 0
 
     async def emit(self, name: str, data: Any = None) -> int:
-        """Emit an event to all servers, and to the listeners of this peer.
+        """Emit an event to all servers; the result is the number of receiving connections.
 
-        The servers pass it on to their clients that are subscribed to the name. The result is the
-        number of servers that Redis gave it to. Raises MessageError for a bad name or data, and
-        the errors of ``MessageNode.send``.
+        The servers pass it on to their clients that are subscribed to the name. The listeners of
+        this peer get it too. ``data`` is any value that msgspec encodes.
+
+        Raises MessageError for a bad name or data. The call also raises the errors of
+        ``MessageNode.send``.
         """
         self._check_open()
         if not isinstance(name, str) or not name:
@@ -141,10 +143,12 @@ class Events:
         """Return an iterator over the events whose names match: ``async for event in ...``.
 
         In the pattern ``*`` stands for any text, and ``?`` for one character. At most
-        ``max_pending`` events wait, and ``overflow`` decides about further ones: "drop_oldest",
-        "drop_newest", or "disconnect", which raises Overloaded; both default to the configuration.
-        Redis has the subscription once ``peer.when_ready()`` returns. Raises UsageError for a bad
-        argument.
+        ``max_pending`` events wait to be taken. ``overflow`` decides about further ones:
+        "drop_oldest", "drop_newest", or "disconnect", which makes the iteration raise Overloaded.
+        Both default to the configuration. Redis has the subscription once ``peer.when_ready()``
+        returns.
+
+        Raises UsageError for a bad argument.
         """
         self._check_open()
         check_pattern("listen", pattern)

@@ -21,12 +21,20 @@ class Lists:
         self._records = records
 
     async def entries(self, name: str) -> list[str]:
-        """Return the entries of a list; empty if there is none."""
+        """Return the entries of a list, a list of texts; empty if there is no list.
+
+        Raises RecordError if the record is no list of texts. The call also raises the errors of
+        ``AsyncCache.get``.
+        """
         record = await self._records.get(name)
         return [] if record is None else _entries(name, record.data)
 
     async def set(self, name: str, entries: list[str]) -> Record:
-        """Replace the entries of a list, and tell the subscribers."""
+        """Replace the entries of a list, and tell the subscribers; the result is the Record.
+
+        A missing list is created. Raises UsageError for an entry that is no text. The call also
+        raises the errors of ``peer.records.set``.
+        """
         given: object = entries
         if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
             raise UsageError(f"set: entries must be a list of texts, not {shorten(given)}")
@@ -38,10 +46,14 @@ class Lists:
     async def add(
         self, name: str, entry: str, *, index: int | None = None, unique: bool = True
     ) -> list[str]:
-        """Add an entry, at the end or at an index, and tell the subscribers; returns all entries.
+        """Add an entry, and tell the subscribers; the result is all entries.
 
-        An entry that the list has already is not added again, unless ``unique`` is False. A missing
-        list is created. Raises UsageError for an index that is outside of the list.
+        The place is the ``index``, or the end without one. An entry that the list has already isn't
+        added again, unless ``unique`` is False. A missing list is created.
+
+        Raises UsageError for an entry that is no text, or an index outside of the list. Raises
+        RecordError if the record is no list of texts. The call also raises the errors of
+        ``peer.records.update``.
         """
         _check_entry("add", entry)
 
@@ -61,7 +73,11 @@ class Lists:
         return await self._change("add", name, change)
 
     async def remove(self, name: str, entry: str) -> list[str]:
-        """Remove all occurrences of an entry, and tell the subscribers; returns all entries."""
+        """Remove all occurrences of an entry, and tell the subscribers; the result is all entries.
+
+        Raises UsageError for an entry that is no text. Raises RecordError if the record is no list
+        of texts. The call also raises the errors of ``peer.records.update``.
+        """
         _check_entry("remove", entry)
 
         def change(data: Any) -> Any:

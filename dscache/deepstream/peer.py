@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 
 class Peer(AsyncResource):
-    """A member of a cluster of deepstream's servers, for one asyncio event loop.
+    """A Python server in a cluster of deepstream's servers, for one asyncio event loop.
 
-    It has an AsyncCache and a MessageNode, and made of both ``events``, ``records``,
-    ``lists``, ``rpc`` and ``presence``. Use it by ``async with``. It tells the servers that it is
-    alive, and never becomes their leader.
+    ``async with`` opens it. It then has ``events``, ``records``, ``lists``, ``rpc`` and
+    ``presence``. Before that, each of them raises UsageError. They use the peer's AsyncCache,
+    ``cache``, and its MessageNode, ``node``. A peer tells the servers regularly that it is alive,
+    and never becomes their leader.
     """
 
     events: Events
@@ -69,13 +70,15 @@ class Peer(AsyncResource):
         """Return a peer configured by a file, a mapping or a URL; it isn't connected yet.
 
         ``source`` is the path of deepstream's file, a mapping of the same shape or of options
-        alone, a URL or ``host:port``. Of a file are read the sections ``cache`` and
-        ``clusterNode``, and the options of ``record``, ``rpc`` and ``clusterRegistry`` that servers
-        and peers share. ``server_name`` must be unique among all servers; without it a random name
-        is made, as the one in the file is the server's. With ``reconcile``, the servers read a
-        record again after messages about it crossed. ``credentials`` and ``on_gap`` are as for
-        ``MessageNode``. ``options`` override those of both sections, by their names in a file or in
-        snake_case: each goes to the connection that has it.
+        alone, a URL or ``host:port``. Of a file, a peer reads the sections ``cache`` and
+        ``clusterNode``. It also reads the options of ``record``, ``rpc`` and ``clusterRegistry``
+        that servers and peers share.
+
+        ``server_name`` must be unique among all servers. The name in the file is that of
+        deepstream's server, so without ``server_name`` a random name is made. With ``reconcile``, a
+        peer has the servers read a record again after messages about it crossed. ``credentials``
+        and ``on_gap`` are as for ``MessageNode``. ``options`` override those of both sections, and
+        each goes to the connection that has it. They are named as in a file, or in snake_case.
 
         Raises ConfigError for a bad configuration.
         """
@@ -109,7 +112,17 @@ class Peer(AsyncResource):
         return f"deepstream peer: {self.node.description}; {self.cache.description}"
 
     def stats(self) -> dict[str, Any]:
-        """Return counters since the peer was opened: ``cache``, ``node``, and the peer's own."""
+        """Return counters since the peer was made, as a dict.
+
+        - ``cache``, ``node``: the counters of the AsyncCache and of the MessageNode
+        - ``servers``: the number of other servers and peers that are alive
+        - ``events_emitted``, ``events_received``, ``events_damaged``, and ``listening`` iterators
+        - ``records_written``, ``records_deleted``, ``records_expired``, ``records_reconciled``
+        - ``records_untold``, ``records_told_late``: records whose message is still to be sent, and
+          records whose message was sent later
+        - ``rpcs_made``, ``rpcs_served``, ``rpcs_rejected``, ``rpcs_failed``, ``rpcs_late``, and
+          ``providers``, the number of RPCs that the peer provides
+        """
         stats: dict[str, Any] = {"cache": self.cache.stats(), "node": self.node.stats()}
         if self._member is not None:
             stats |= {**self.events.stats(), **self.records.stats(), **self.rpc.stats()}
@@ -119,7 +132,8 @@ class Peer(AsyncResource):
     async def when_ready(self) -> None:
         """Open the peer, and wait until it is connected and every subscription is confirmed.
 
-        Raises the errors of ``AsyncCache.when_ready`` and ``MessageNode.when_ready``.
+        The call raises the errors of ``AsyncCache.when_ready`` and ``MessageNode.when_ready``.
+        Raises UsageError if the peer is closed.
         """
         if self._is_closed:
             raise failures.closed("peer")
@@ -175,7 +189,7 @@ class Peer(AsyncResource):
                 await self.cache.close()
 
     def _heal(self, since: float, until: float) -> Any:
-        """Tell and ask everything again that may have been lost in a gap."""
+        """After a gap, announce this peer again, and have the servers read its records again."""
         if self._member is not None and not self._is_closed:
             self._member.announce()
             self.records.on_gap()

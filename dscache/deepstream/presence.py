@@ -16,7 +16,10 @@ from .cluster import ClusterMember
 
 
 class PresenceChange(msgspec.Struct, frozen=True):
-    """A user has come online, at the first of the servers, or has left the last one."""
+    """A user who has come online at the first server, or has left the last one.
+
+    ``user`` is the name, and ``is_online`` whether the user has come.
+    """
 
     user: str
     is_online: bool
@@ -25,8 +28,8 @@ class PresenceChange(msgspec.Struct, frozen=True):
 class PresenceChanges(Arrivals[PresenceChange]):
     """The changes of presence, by ``async for``; made by ``peer.presence.changes``.
 
-    At most one change of each user waits. A user that leaves before the change was taken, or comes
-    back, has not changed.
+    At most one change of each user waits. If a user comes back, or leaves again, before the change
+    was taken, neither is reported.
     """
 
     def __init__(self, on_close: Callable[[PresenceChanges], object]) -> None:
@@ -34,7 +37,7 @@ class PresenceChanges(Arrivals[PresenceChange]):
         self._waiting: OrderedDict[str, bool] = OrderedDict()
 
     def put(self, user: str, is_online: bool) -> None:
-        """Let a change wait, or end the wait of its opposite."""
+        """Add a change, or remove the opposite one that waits."""
         if self._waiting.pop(user, is_online) == is_online:
             self._waiting[user] = is_online
             self._news.set()
@@ -50,7 +53,7 @@ class Presence:
     """The users that are online: ``peer.presence``.
 
     A user is a client's name, as its server's authentication gives it. Servers don't count clients
-    without a name of their own, which are called OPEN.
+    without a name, which are called OPEN.
     """
 
     def __init__(self, member: ClusterMember) -> None:
@@ -61,17 +64,20 @@ class Presence:
         member.users.changed.append(self._report)
 
     async def users(self) -> set[str]:
-        """Return the names of all users that are online.
+        """Return the names of all users that are online, a set.
 
-        It waits until the other servers have told theirs: at most a second after the peer was
-        opened, or connected again.
+        It waits until the other servers have told their users: at most a second after the peer was
+        opened or connected again.
         """
         self._check_open()
         await self._settle()
         return self._member.users.names()
 
     async def is_online(self, user: str) -> bool:
-        """Return whether a user is online, as ``users`` does. Raises UsageError for no text."""
+        """Return whether a user is online.
+
+        It waits as ``users`` does. Raises UsageError for a name that is no text.
+        """
         self._check_open()
         if not isinstance(user, str):
             raise UsageError(f"is_online: a user must be a text, not {shorten(user)}")
@@ -81,9 +87,10 @@ class Presence:
     def changes(self) -> PresenceChanges:
         """Return an iterator over the users that come online and go: ``async for change in ...``.
 
-        It reports from the call on, so that ``users`` called after it has whatever it doesn't
-        report. In the first second of a peer, servers still tell the users that are online
-        already, and these are reported too. A user of several servers goes with the last one.
+        It reports changes from the call on. Call ``users`` after it, and no change is missed. In
+        the first second of a peer, servers still tell the users that are online already, and the
+        iterator reports these too. A user who is logged in at several servers goes with the last
+        one.
         """
         self._check_open()
         opened = PresenceChanges(self._changes.discard)

@@ -1,14 +1,14 @@
 """Records that deepstream's clients hold open: each write is told to the servers.
 
-A write is guarded in Redis, with the version above the one there, and then told as servers tell
-each other: UPDATE after a write, DELETED after a deletion, NOTIFY after an expiry. A peer that dies
-between the two leaves its write untold. When the message can't be sent, the name is told later, as
-soon as Redis takes messages again.
+A write in Redis is guarded: it has the version above the one there. The peer then tells the
+servers, as they tell each other: UPDATE after a write, DELETED after a deletion, NOTIFY after an
+expiry. A peer that dies between the two leaves its write untold. If the message can't be sent, the
+name is told later, as soon as Redis takes messages again.
 
-Servers don't guard their own writes. Two of them, or a server and a peer, may write one version of
-a record at the same moment, and their messages may arrive in another order than their writes. So a
-peer that notices such messages has the servers read the record again, by NOTIFY, once no more
-messages of that record come.
+Servers don't guard their own writes. Two of them, or a server and a peer, may write the same
+version of a record at the same moment, and their messages may arrive in another order than their
+writes. A peer that notices such messages waits until no more messages of that record come. It then
+has the servers read the record again, by NOTIFY.
 """
 
 from __future__ import annotations
@@ -112,18 +112,23 @@ class Records:
     # -- operations
 
     def get(self, name: str) -> Awaitable[Record | None]:
-        """Read a record from Redis; the result is a Record, or None if there is none."""
+        """Read a record from Redis; the result is a Record, or None if there is none.
+
+        The call raises the errors of ``AsyncCache.get``.
+        """
         self._check_open()
         return self._cache.get(name)
 
     async def set(self, name: str, data: Any, *, ttl: int | timedelta | None = None) -> Record:
         """Write a record, and tell the subscribers; the result is the Record written.
 
-        ``data`` is an object or an array, as deepstream takes everything else for a missing
-        record. The version is one above the one in Redis, 1 for a new record, and 0 under a prefix
-        of ``record.storageHotPathPrefixes``. ``ttl`` is that of ``AsyncCache.set``.
+        ``data`` is an object or an array, because deepstream takes everything else for a missing
+        record. The version is one above the one in Redis, and 1 for a new record. Under a prefix of
+        ``record.storageHotPathPrefixes`` it is always 0. ``ttl`` is that of ``AsyncCache.set``.
 
-        Raises RecordError for a bad name or data, and the errors of ``AsyncCache.update``.
+        If the message to the servers can't be sent, the call returns normally, and the message is
+        sent later. Raises RecordError for a bad name or data. The call also raises the errors of
+        ``AsyncCache.update``.
         """
         self._check_open()
         text = _record_text(name, data)
@@ -150,8 +155,11 @@ class Records:
         """Change a record's data, and tell the subscribers; the result is the Record, or None.
 
         The arguments and errors are as for ``AsyncCache.update``: ``change`` gets the data and
-        returns the new data, ``dscache.KEEP`` or ``dscache.DELETE``, and may be called again. Under
-        a hot path's prefix it raises UsageError, as version 0 guards nothing.
+        returns the new data, ``dscache.KEEP`` or ``dscache.DELETE``, and may be called again. The
+        result is None if the record was removed.
+
+        Raises UsageError under a prefix of ``record.storageHotPathPrefixes``, since version 0
+        guards nothing. Raises RecordError if the new data is no object or array.
         """
         return await self._update("update", name, change, default, ttl)
 
@@ -202,9 +210,12 @@ class Records:
     ) -> Record:
         """Change one value of a record, and tell the subscribers; the result is the Record.
 
-        ``path`` is one of deepstream's client, such as ``address.street``; without a value it is
-        removed. A patch that changes nothing writes and tells nothing, unless it has a ``ttl``. The
-        errors are as for ``AsyncCache.patch``.
+        ``path`` is one of deepstream's client, such as ``address.street``. Without a ``value``, the
+        value there is removed. A patch that changes nothing writes and tells nothing, unless it has
+        a ``ttl``. ``default`` and ``ttl`` are those of ``AsyncCache.update``.
+
+        Raises UsageError under a prefix of ``record.storageHotPathPrefixes``. The call also raises
+        the errors of ``AsyncCache.patch``.
         """
         self._check_guarded("patch", name)
         patched = patch_of(name, OMITTED, path, value)
@@ -224,7 +235,8 @@ class Records:
     async def delete(self, name: str) -> bool:
         """Delete a record, and tell the subscribers; the result is whether it existed.
 
-        The subscribers are told in either case: a client may hold open a record that is gone.
+        The subscribers are told in either case, as a client may hold open a record that is gone.
+        The call raises the errors of ``AsyncCache.delete``.
         """
         self._check_open()
         try:
@@ -236,9 +248,10 @@ class Records:
         return existed
 
     async def notify(self, names: str | Iterable[str]) -> None:
-        """Have the servers read records again, and tell their subscribers of the present state.
+        """Have the servers read records again, and tell their subscribers the present state.
 
-        For records that another program has written, deleted or let expire.
+        This is for records that another program has written or deleted, or that have expired.
+        Raises RecordError for a bad name. The call also raises the errors of ``MessageNode.send``.
         """
         self._check_open()
         wanted = _listed("notify", names)
@@ -250,10 +263,14 @@ class Records:
     def changes(self, pattern: str = "*", *, max_pending: int = 10_000) -> RecordChanges:
         """Return an iterator over the changes of records: ``async for change in ...``.
 
-        In the pattern ``*`` stands for any text, and ``?`` for one character. It reports writes of
-        any program, from Redis and from the servers' messages, each version once. After the last
-        write, the last change of each name has the record as it is in Redis, unless a gap is
-        reported. At most ``max_pending`` changes wait. Raises UsageError for a bad argument.
+        In the pattern ``*`` stands for any text, and ``?`` for one character. The iterator reports
+        the writes of any program, from Redis and from the servers' messages, and each version once.
+        After the last write, the last change of each name has the record as it is in Redis, unless
+        a gap is reported. At most ``max_pending`` changes wait to be taken. Beyond that, changes of
+        one name are merged.
+
+        Raises UsageError for a bad argument. Beginning the iteration raises the errors of
+        ``AsyncCache.watch``.
         """
         self._check_open()
         check_pattern("changes", pattern)
@@ -276,7 +293,7 @@ class Records:
             )
 
     async def _guarded(self, operation: str, name: str, writing: Awaitable[Any]) -> Any:
-        """Await a write; one that may have happened is told later."""
+        """Await a write; tell the servers later of a write that may have happened."""
         try:
             return await writing
         except DscacheError as error:
@@ -452,7 +469,7 @@ class Records:
             self._crossed_added.set()
 
     async def _reconcile(self) -> None:
-        """Have servers read records again whose messages crossed, once they are quiet."""
+        """Have servers read records again whose messages crossed, once no more of them come."""
         while True:
             while not self._crossed:
                 self._crossed_added.clear()
@@ -479,7 +496,7 @@ class Records:
                 self._cross(name)
 
     async def close(self) -> None:
-        """End the iterations, after late messages were tried once more."""
+        """End the iterations, and try once more to send late messages."""
         for one in list(self._changes):
             await one.aclose()
         for task in self._tasks:

@@ -2,9 +2,11 @@
 
 The server that a requesting client is connected to chooses a provider: one of its own clients, or
 another server that has the RPC's name in the registry RPC_SUBSCRIPTIONS. It sends that server a
-REQUEST, and waits for ACCEPT until ``rpc.ackTimeout``, and for RESPONSE or REQUEST_ERROR until
-``rpc.responseTimeout``. After REJECT or NO_RPC_PROVIDER it chooses another one. A peer does both
-sides of it.
+REQUEST. It waits for ACCEPT until ``rpc.ackTimeout``, and for RESPONSE or REQUEST_ERROR until
+``rpc.responseTimeout``. After REJECT or NO_RPC_PROVIDER it chooses another provider. A peer plays
+both parts.
+
+Source: ``@deepstream/server`` 7.0.2, ``handlers/rpc``.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ Handler = Callable[[Any], Any]
 
 
 class Reject(Exception):  # an instruction of a handler, and no failure
-    """Raised by a handler that can't serve a request now: the server tries another provider."""
+    """Raised by a handler that can't serve a request now, so that another provider is tried.
+
+    It counts until a fifth of ``rpc.ackTimeout``, when the request is accepted. Raised later, it
+    fails the request.
+    """
 
 
 class _Received(msgspec.Struct, rename="camel"):
@@ -93,11 +99,15 @@ class RPCs:
     def provide(
         self, name: str, handler: Handler, *, max_running: int = _MAX_RUNNING
     ) -> Callable[[], None]:
-        """Provide an RPC by ``handler(data)``; returns a function that ends it.
+        """Provide an RPC by ``handler(data)``; return a function that ends it.
 
-        The handler returns the result, or an awaitable of it. If it raises Reject within a fifth of
-        ``rpc.ackTimeout``, the server tries another provider. If it raises RPCError, the caller
-        gets the error's ``data``. Any other exception is logged, and the caller is told its type.
+        The handler returns the result, or an awaitable of it. A handler that fails has the caller
+        told:
+
+        - Reject, within a fifth of ``rpc.ackTimeout``: another provider is tried
+        - RPCError: the caller gets the error's ``data``, or its text if that is None
+        - any other exception: the caller gets its type, and it is logged
+
         More than ``max_running`` requests at once are rejected. An async handler is cancelled after
         ``rpc.responseTimeout``, when the caller has had an error already.
 
@@ -122,7 +132,7 @@ class RPCs:
         return unprovide
 
     def _serve(self, received: _Received, server: str | None) -> None:
-        """Serve the request of a server, or of this process if that is None."""
+        """Serve the request of a server, or of this process if ``server`` is None."""
         provider = self._providers.get(received.name)
         if provider is None:
             self._reply(received, server, RPCAction.NO_RPC_PROVIDER)
@@ -148,7 +158,7 @@ class RPCs:
             self._succeed(received, server, result)
 
     async def _await(self, received: _Received, server: str | None, result: Any) -> None:
-        """Await a handler's result; ACCEPT is sent if it takes longer."""
+        """Await a handler's result; send ACCEPT if that takes longer."""
         answer = asyncio.ensure_future(result)
         try:
             patience = self._settings.ack_timeout * _ACCEPT_AFTER
@@ -249,13 +259,15 @@ class RPCs:
     ) -> Any:
         """Call an RPC; the result is the data that its provider returned.
 
-        A provider of this peer is called without a server in between. Otherwise a server that has
-        a provider gets the request; after a rejection, another one. ``timeout`` is in seconds, by
-        default ``rpc.responseTimeout``.
+        A provider of this peer is called without a server in between. Otherwise a server that has a
+        provider gets the request. After a rejection, another provider is tried. ``data`` is any
+        value that msgspec encodes. ``timeout`` is in seconds, by default ``rpc.responseTimeout``.
 
-        Raises RPCTimeout if no response comes in time, and RPCError otherwise: its ``reason`` is
-        NO_RPC_PROVIDER if no provider is there or all reject, and REQUEST_ERROR with the
-        provider's ``data`` if it fails. Raises UsageError or MessageError for a bad argument.
+        Raises RPCTimeout if no acceptance or response comes in time, and RPCError if the call fails
+        otherwise. The ``reason`` of an RPCError is NO_RPC_PROVIDER if there is no provider or all
+        have rejected. It is REQUEST_ERROR with the provider's ``data`` if the provider fails, and
+        CLOSED if the peer is closed. Raises UsageError for a bad name or timeout, and MessageError
+        for data that can't be encoded.
         """
         self._check_open()
         _check_name("make", name)
@@ -320,7 +332,7 @@ class RPCs:
         return random.choice(servers)
 
     async def _wait_for_provider(self, name: str) -> None:
-        """Wait until the other servers have told which RPCs they provide, or this one."""
+        """Wait until the other servers have told which RPCs they provide, or one this RPC."""
         seconds = self._member.settled_at - self._loop.time()
         if seconds <= 0:
             return
@@ -339,7 +351,7 @@ class RPCs:
             self._member.providers.changed.remove(on_changed)
 
     def _watch_acceptance(self, request: _Request) -> None:
-        """Fail a request that its server neither accepts nor answers, as one that has died."""
+        """Fail a request that its server neither accepts nor answers, as after its death."""
 
         def check() -> None:
             if not request.is_accepted and not request.result.done():

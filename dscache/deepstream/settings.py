@@ -19,7 +19,7 @@ _MAX_MS: Final = 2**31 - 1
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Times in seconds, and the prefixes of names whose records stay at version 0."""
+    """Times in seconds, and the prefixes of names whose records servers keep at version 0."""
 
     hot_path_prefixes: tuple[str, ...] = ()
     ack_timeout: float = 1.0

@@ -40,8 +40,8 @@ _logger = logging.getLogger("dscache")
 # A lost replica isn't read for this long, in seconds, and for twice as long each further time.
 _AVOID_FIRST: Final = 0.5
 _AVOID_CAP: Final = 8.0
-# A cluster that announces more nodes than this has each one connected to on its first use:
-# connecting to sixteen thousand takes seconds, and a faulty node may announce as many.
+# If a cluster announces more nodes than this, each is connected to on its first use. Connecting to
+# sixteen thousand takes seconds, and a faulty node may announce as many.
 _AT_ONCE: Final = 256
 
 
@@ -103,7 +103,7 @@ class ClusterState(RefreshSchedule):
         return found
 
     def primaries(self) -> list[NodeInfo]:
-        """Return the nodes that serve slots; of very many, only the nodes needed so far, or one."""
+        """Return the nodes that serve slots; of very many, the ones needed so far, or one."""
         shown = self.table.primaries
         known = [node for one in shown if (node := self.nodes.get(one))]
         return known or [self.node_at(one) for one in list(shown)[:1]]
@@ -165,9 +165,9 @@ class ClusterState(RefreshSchedule):
     def check_identity(self, node: NodeInfo, node_id: str) -> None:
         """Note the id of a node just connected to, which is empty if the node doesn't tell it.
 
-        Raises ConnectError if the cluster has another node at this address. That happens where an
-        address is used again, by a node of another cluster. A node that was replaced by one of the
-        same cluster counts when the others announce it.
+        Raises ConnectError if the cluster has another node at this address, as where a node of
+        another cluster has got an address that was used before. A node that was replaced by one of
+        the same cluster counts once the other nodes announce it.
         """
         with self.lock:
             node.node_id = node_id
@@ -185,8 +185,9 @@ class ClusterState(RefreshSchedule):
     def may_use(self, node: NodeInfo, node_id: str) -> bool:
         """Return whether a node with this id may be the one that the cluster has at its address.
 
-        It may also be a configured node while all known nodes are gone. A server that is no node of
-        a cluster has an address that the cluster had earlier.
+        While all known nodes are gone, it may also be a configured node. A server that is no node
+        of a cluster may be used only before the first view: later, its address is one that the
+        cluster had.
         """
         if node_id == NO_NODE:
             return not self.known
@@ -203,7 +204,8 @@ class ClusterState(RefreshSchedule):
 
         A view without any node of the view in use is another cluster's. It counts only if it came
         from a configured node while all known nodes are gone: then the whole cluster was replaced.
-        Before the first view, that of most nodes counts. Raises ConnectError if none is left.
+        Before the first view, the cluster with most of the nodes counts. Raises ConnectError if no
+        view is left.
         """
         with self.lock:
             views = list(views)
@@ -325,9 +327,10 @@ class ClusterState(RefreshSchedule):
     def record_moves(self, moves: Iterable[SlotMove]) -> dict[int, NodeInfo]:
         """Note that slots have moved, as announced; return the new node of each that has.
 
-        A slot stays if its known owner is another node than the former one that is named: then the
-        announcement is older than the table, or names nodes in another way than CLUSTER SLOTS. The
-        next refresh tells. A former owner without any slot leaves with the first view that agrees.
+        A slot stays if its known owner isn't the former owner that the announcement names. The
+        announcement is then older than the table, or names nodes in another way than CLUSTER SLOTS,
+        and the next refresh decides. A former owner without any slot leaves with the first view
+        that agrees.
         """
         with self.lock:
             owners: dict[int, NodeInfo] = {}
@@ -430,7 +433,7 @@ class ClusterState(RefreshSchedule):
                 _logger.warning("can't use the cluster %s: %s", self.address, error)
 
     def _refusal_of(self, error: Exception) -> ErrorOf | None:
-        """Return how operations fail if no later refresh can succeed, or None."""
+        """Return how operations fail if no later refresh can succeed, or None if one can."""
         if isinstance(error, ConfigError):
             message = str(error)
             return lambda operation: ConfigError(message)
@@ -460,7 +463,8 @@ class ClusterState(RefreshSchedule):
             else:
                 self._is_stale = True
         if self.departures != departures:
-            # As a new table, so that each thread sees it and ends its connections to these nodes.
+            # It becomes a new table, so that each thread sees the change, and ends its connections
+            # to these nodes.
             self.table = replace(self.table, moved=self.table.moved.copy())
 
     # -- which nodes to ask
@@ -473,7 +477,8 @@ class ClusterState(RefreshSchedule):
         random.shuffle(others)
         # Nodes without a recorded failure first.
         others.sort(key=lambda one: one.trouble is not None)
-        # A name lookup may take long: at most one, and none where another node can be asked.
+        # A name lookup may take long. So at most one is done, and none if another node can be
+        # asked.
         alone = not chosen and all(one.is_named for one in others)
         look_ups = 1 if alone or self._failures else 0
         for one in others:
@@ -490,9 +495,10 @@ class ClusterState(RefreshSchedule):
     def _readers(
         self, primary: str, replicas: list[Address], zones: Mapping[str, str]
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the addresses that are read for a shard, or none if its primary is.
+        """Return the addresses that are read for a shard, and its reserves.
 
-        The others are in reserve: replicas in other zones, while there is one in the zone.
+        The first are empty if its primary is read. The reserves are the replicas in other zones,
+        while there is one in the cache's zone.
         """
         now = time.monotonic()
         shown = [join_address(*one) for one in replicas]

@@ -23,8 +23,8 @@ _PASSING: Final = (*PASSING, "MASTERDOWN")
 _LASTING: Final = ("DENIED", "NOAUTH", "NOPERM", "WRONGPASS")
 
 
-# Hints, since a server that speaks TLS says nothing to a client that doesn't, and the other way
-# round: it closes the connection, or waits for more.
+# Hints for a client with TLS at a server without it, or the other way round. Such a server says
+# nothing: it closes the connection, or waits for more.
 IF_TLS: Final = "; if it speaks TLS on this port, use rediss:// or tls: true"
 IF_PLAIN: Final = "; if it speaks no TLS on this port, use redis:// or leave tls out"
 _LESS_DB: Final = (
@@ -44,7 +44,7 @@ class UnsuitableServer(ConnectError):
 
 
 class UnsuitableConfig(ConfigError):
-    """The configuration asks for something that the server doesn't have."""
+    """The configuration asks for something that the server doesn't have, such as a ``db``."""
 
 
 class TurnedAway(ReplyError):

@@ -40,8 +40,8 @@ _CODES: Final = frozenset(
     )
 )
 
-# Texts of Redis in which nothing is repeated: a mask for a password that is a word of them would
-# give the word away.
+# Texts of Redis that repeat nothing. If a password were one of their words, its mask would give it
+# away.
 _FIXED: Final = frozenset(
     (
         "NOAUTH Authentication required.",

@@ -109,7 +109,7 @@ class Finds(Generic[Item]):
         if found:
             size = sum(len(record.raw) for record in found.values())
             self._batch = max(min(_RECORDS, _BYTES * len(found) // (size + 1)), 1)
-        # Last: an exception before it has the records read again, and none is missed.
+        # Last: after an exception before it, the records are read again, and none is missed.
         del self.unread[: len(names)]
 
     def raise_error(self) -> None:

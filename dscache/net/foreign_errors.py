@@ -15,11 +15,11 @@ _OWN: Final = frozenset(("dscache", "asyncio", "contextlib"))
 
 
 def foreign(error: BaseException) -> BaseException | None:
-    """Return the error from elsewhere that this one is, or was made of; None for an own one.
+    """Return the error from elsewhere that this error is, or was made of; None if there is none.
 
-    Errors of this package have passed only its own frames, and an error of a signal handler has
-    passed the handler's frame. While a reply is read, most exceptions become a ProtocolError, of
-    which they are the cause.
+    Errors of this package have passed only its own frames. An error of a signal handler has passed
+    the handler's frame. While a reply is read, most exceptions become a ProtocolError, of which
+    they are the cause.
     """
     cause = error.__cause__
     if isinstance(error, ProtocolError) and cause is not None and not is_own(cause):

@@ -31,13 +31,13 @@ _FINAL: Final = (*constants.PASSING, "WRONGPASS", "MASTERDOWN", "DENIED")
 # Errors to later commands of a server that serves no operation.
 _NOT_SERVING: Final = (*constants.PASSING, "NOAUTH")
 _RUN_ID: Final = re.compile(rb"^run_id:([0-9a-f]{40})\r?$", re.MULTILINE)
-# Seconds for which a server that closes connections at HELLO is not sent it again.
+# Seconds for which HELLO isn't sent again to a server that closes connections at it.
 _BARE_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """Facts that a server states about itself."""
+    """Facts about a server, which it states during the handshake."""
 
     server: str
     """Kind and version, such as ``redis 7.0.15``; empty if the server doesn't state them."""
@@ -129,16 +129,18 @@ def handshake(
 ) -> Handshake:
     """Log in to a server and set up the connection; returns the ServerInfo.
 
-    With ``read_only``, a replica of a cluster is asked to answer reads. With ``is_near``, the
-    server is asked to announce changes, for a near cache; a replica only ``of_cluster``, where it
-    may be promoted on the same connection. There a node is asked for its id, too, and elsewhere the
-    server for that of its process, with ``identifies``. ``attempt`` is given for a server that may
-    be a proxy, and hears from the caller if the connection is closed. With
-    ``announcements``, the server at the IP address ``peer`` may be asked to announce maintenance.
+    - ``read_only``: ask a replica of a cluster to answer reads.
+    - ``is_near``: ask the server to announce changes, for a near cache. A replica is asked only
+      ``of_cluster``, since it may be promoted there on the same connection.
+    - ``of_cluster``: ask for the id of the node.
+    - ``identifies``: outside of a cluster, ask for the id of the server's process.
+    - ``attempt``: given for a server that may be a proxy. The caller tells it if the connection is
+      closed.
+    - ``announcements``: may have the server, at the IP address ``peer``, announce its maintenance.
 
     Raises ReplyError if the server refuses (WRONGPASS, NOAUTH, no such database) or is loading,
     ConnectError if its role isn't the one that the Sentinels named it for, and UnsuitableServer if
-    it can't do what the options require.
+    it lacks a feature that the options require.
 
     Source: the Redis pages of HELLO, AUTH, READONLY and CLIENT TRACKING.
     """
@@ -155,7 +157,7 @@ def handshake(
                 yield [["PING"]]
             attempt.has_answer = True
         request = None
-        # A server that may close connections at commands that it doesn't know gets no such one.
+        # A server that may close connections at unknown commands isn't sent this one.
         if announcements is not None and (
             attempt is None or not attempt.is_suspect or announcements.are_required
         ):
@@ -223,8 +225,8 @@ def _log_in(
     if of_cluster:
         _check_database(options.db, selected)
     _check_consent(selected)
-    # A user without the right to load scripts may do all the rest; a server that is still loading
-    # its data, or busy with a script, serves nothing and says nothing of itself.
+    # A user without the right to load scripts may do all the rest. But a server that is loading its
+    # data, or is busy with a script, serves nothing and says nothing of itself.
     for reply in (loaded, known):
         if isinstance(reply, ReplyError) and reply.code in _NOT_SERVING:
             raise reply
@@ -274,7 +276,7 @@ def _is_proxied(options: Options, is_foreign: bool) -> bool:
 
 
 def _authentication(login: Login) -> list[Word]:
-    """Return the login of RESP2, or PING without a password: a refusal of it tells as much."""
+    """Return the login of RESP2. Without a password it is PING, whose refusal tells as much."""
     username, password = login
     if password is None:
         return ["PING"]
@@ -316,8 +318,8 @@ def secrets_of(options: Options, login: Login) -> list[Hidden | None]:
 def _identify(reply: object, address: str) -> Generator[list[list[Word]], list[Any], str]:
     """Return the id of a node of a cluster, or an empty text if it can't be known.
 
-    It is NO_NODE of a server that is none. A user without the right to CLUSTER MYID has that to
-    CLUSTER SLOTS, where the node is listed.
+    It is NO_NODE for a server outside of a cluster. A user without the right to CLUSTER MYID may
+    have the right to CLUSTER SLOTS, which lists the node.
     """
     if not isinstance(reply, ReplyError):
         return parse_node_id(reply)
@@ -345,8 +347,8 @@ def _track(
 ) -> Generator[list[list[Word]], list[Any], bool]:
     """Ask the server to announce changes; return whether it does.
 
-    Raises UnsuitableServer if it doesn't and ``nearCache.required`` is set, and ReplyError if the
-    server is loading or busy: it can't say yet.
+    Raises UnsuitableServer if it doesn't and ``nearCache.required`` is set. Raises ReplyError if
+    the server is loading or busy, and so can't tell yet.
     """
     problem = _too_old(facts)
     if not problem:

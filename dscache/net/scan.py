@@ -4,13 +4,14 @@ It does no I/O: ``steps`` yields requests and pauses, and takes the replies.
 
 Theory of operation
 -------------------
-SCAN returns every key that is at its server all the time, but a slot can move in the middle. So
-the scan covers slots: a pass over one server covers those slots that the server owned, whole, at
-the pass's beginning and end, while it stayed the same server. Passes go on until every slot is
+SCAN returns every key that is at its server all the time, but a slot can move meanwhile. So the
+scan covers slots. A pass over one server covers each slot that the server owned completely at the
+beginning and at the end of the pass, if it stayed the same server. Passes go on until every slot is
 covered. A server outside a cluster owns all slots.
 
-The keys of an open slot, which is moving, are at its owner or at its target, and go one way. So
-a pass over the owner and then one over the target cover it, however long it stays open.
+A slot that is moving is open: some of its keys are at its owner, and some at its target. Keys go
+only from the owner to the target. So a pass over the owner, and then one over the target, cover the
+slot, however long it stays open.
 
 After the first pass over a server, few slots are left, and GETKEYSINSLOT reads their keys without
 the others. Where they have too many keys for that, SCAN reads them again.
@@ -54,15 +55,15 @@ _logger = logging.getLogger("dscache")
 # Seconds without any progress after which a scan fails, beside connectTimeout.
 _PATIENCE: Final = 10.0
 _PAUSE, _LONGEST_PAUSE = 0.02, 0.5
-# A request that has met the end of so many connections in a row, as at a proxy, is not repeated:
-# with the connection it cuts off the operations of the cache.
+# A request isn't repeated if so many connections in a row have ended during it, as at a proxy. With
+# each connection, it cuts off the operations of the cache.
 _MOST_CUTS: Final = 5
 # Error replies that end by themselves.
 _PASSING: Final = frozenset(("LOADING", "MASTERDOWN", "CLUSTERDOWN", "BUSY", "TRYAGAIN"))
 _LOST: Final = (ConnectError, ConnectionLost, DeadlineExceeded, ProtocolError)
-# The most keys that one GETKEYSINSLOT returns, and all of one request together; and the most
-# slots of a pass of them.
+# The most keys that one GETKEYSINSLOT returns, and that all of one request return together.
 _MOST_KEYS: Final = 10_000
+# The most slots of a pass of GETKEYSINSLOT.
 _MOST_SLOTS: Final = 256
 _SUFFIX: Final = len(VERSION_SUFFIX)
 # A slot may get some more keys between its count and its read.
@@ -118,9 +119,9 @@ class _State:
     """How far a scan has come; sets of slots are integers, with a bit for each slot.
 
     ``covered`` slots are done. ``handed`` are open slots whose owner is done, with their targets.
-    The rest is of the pass of SCAN under way: it is at the node ``node``, which said of itself
-    ``identity``, and covers the slots ``wanted``, of which ``opened`` were open when it began.
-    ``at`` is the cursor of SCAN, empty while no such pass is under way.
+    The other fields describe the pass of SCAN under way. It is at the node ``node``, whose identity
+    was ``identity``. It covers the slots ``wanted``, of which ``opened`` were open when it began.
+    ``at`` is the cursor of SCAN, empty while no pass is under way.
     """
 
     covered: int = 0
@@ -348,10 +349,10 @@ class KeyScan:
             raise ProtocolError(f"scan: bad reply to CLUSTER NODES at {node}: {error}") from None
 
     def _scan_keys(self, node: str, socket: object, at: bytes, of: Collection[int]) -> Steps:
-        """Read all keys of a server, from a cursor on, and yield the names; of some slots alone.
+        """Read a server's keys from a cursor on, and yield the names of some slots.
 
-        Raises ConnectionLost if the node has another socket by now: the caller finds out whether
-        it leads to the same server.
+        Raises ConnectionLost if the node has another socket by now. The caller then finds out
+        whether that leads to the same server.
         """
         slots = frozenset(of)
         while at != _END:
@@ -426,7 +427,7 @@ class NameScan(KeyScan):
         names: list[str] | None = None
         if is_matched and not self._layout.hash_tag:
             first = len(self._layout.prefix)
-            # A third of the time of the other way. Other clients' keys may be no UTF-8.
+            # A third of the time of decoding key by key. Other clients' keys may be no UTF-8.
             with suppress(UnicodeDecodeError):
                 names = [key[first:-_SUFFIX].decode() for key in keys]
         if names is None:

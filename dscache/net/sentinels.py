@@ -79,11 +79,11 @@ class SentinelGroup:
         return next(self._numbers)
 
     def is_enough(self, answers: Collection[Answer]) -> bool:
-        """Whether these answers decide a survey, without those that are outstanding.
+        """Whether these answers decide a survey, without the outstanding ones.
 
         For a replica, one answer is enough. For the primary, it takes a majority: otherwise a
         Sentinel that went down with the old primary would delay finding the new one by its time
-        limit. Answers older than the newest known configuration are not enough.
+        limit. Answers older than the newest known configuration don't decide.
         """
         if not self.seeks_primary:
             return bool(answers)
@@ -95,8 +95,8 @@ class SentinelGroup:
 
         If a survey that began later has ended before, its address is returned. If every Sentinel
         has answered with an older epoch than before, they are other Sentinels, and are believed.
-        Among the ``replies`` are the problems of Sentinels without an answer, and None for an
-        outstanding one. Raises ConnectError, with the problems, if there is no answer.
+        The ``replies`` hold the problems of Sentinels without an answer, and None for an
+        outstanding answer. Raises ConnectError, with the problems, if there is no answer.
         """
         answers = [one for one in replies if isinstance(one, Answer)]
         if not answers:

@@ -150,7 +150,7 @@ class SlotTable:
         return not node_id or self.ids.get(shown, node_id) == node_id
 
     def find(self, slot: int, reads: bool) -> str | None:
-        """Return the address that serves a slot, or that is read for it; None if unknown."""
+        """Return the address that serves a slot, or from which it is read; None if unknown."""
         for moved, address in reversed(self.moved):
             if moved == slot:
                 return address

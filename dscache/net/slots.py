@@ -22,13 +22,14 @@ ASKED: Final = 3
 VIEWS_TO_LEAVE: Final = 2
 # A cluster without any known node for this long, in seconds, may have been replaced by another one.
 GONE_AFTER: Final = 1.0
-# The shortest time between two refreshes, in seconds, as are all times below. While a node is down,
-# refreshes go on, each a little later: a replica may take over at any moment, and no event says so.
+# The shortest time between two refreshes. This and all times below are in seconds. While a node is
+# down, refreshes go on, at growing intervals: a replica may take over at any moment, and no event
+# says so.
 GAP: Final = 0.1
 GAP_GROWTH: Final = 1.3
 GAP_CAP: Final = 0.5
-# The pause before an operation is sent again that a node can't serve yet; it doubles each time. The
-# keys of a slot take milliseconds to move, and a failover takes a second.
+# The pause before an operation is sent again because a node can't serve it yet. It doubles each
+# time. The keys of a slot take milliseconds to move, and a failover takes a second.
 RETRY_FIRST: Final = 0.01
 RETRY_CAP: Final = 0.25
 # How long the result of a name lookup is used.
@@ -79,8 +80,9 @@ class View:
     def is_heir(self, known: Collection[str]) -> bool:
         """Whether one of the known nodes is in the view, or gave it.
 
-        A replica without data is in no view, so that the only primary and the replica that took
-        over from it needn't be in a common one. The former primary's own view tells then.
+        A replica without data is in no view. So a primary and the replica that took over from it
+        may be in no common view. The former primary's own view then tells that both are of one
+        cluster.
         """
         gave_it = bool(self.node_id) and self.node_id in known
         return gave_it or not self.nodes.keys().isdisjoint(known)
@@ -95,8 +97,8 @@ def read_view(slots: object, info: object, asked: Address, source: str, node_id:
     """Return the view in a node's replies to CLUSTER SLOTS and CLUSTER INFO.
 
     ``node_id`` is the node's id, if it is known. ``source`` names the configuration in errors.
-    Raises ConfigError if the node belongs to no
-    cluster, ReplyError if it refuses, and ProtocolError if its reply has another shape.
+    Raises ConfigError if the node belongs to no cluster, ReplyError if it refuses, and
+    ProtocolError if its reply has another shape.
     """
     if isinstance(slots, ReplyError):
         if has_no_cluster(slots):
@@ -138,10 +140,11 @@ def groups_of(views: Iterable[View]) -> list[list[View]]:
 def parse_slots(reply: object, asked: Address, node_id: str = "") -> list[SlotRange]:
     """Return the ranges in a reply to CLUSTER SLOTS.
 
-    A node that doesn't know a host leaves it out: then the entry's metadata has it, or it is the
-    host of ``asked``. ``node_id`` is the answering node's own, if it is known: then no other node
-    is taken to be at that host. A range is left out if its primary has no known address, and so is
-    such a replica. Raises ProtocolError if the reply has another shape.
+    A node that doesn't know a host leaves it out. The host is then in the entry's metadata, or it
+    is the host of ``asked``. If ``node_id``, the id of the answering node, is known, no other node
+    is taken to be at that host. A range is left out if its primary has no known address, and a
+    replica without a known address is left out too. Raises ProtocolError if the reply has another
+    shape.
     """
     return _ranges_of(_entries(reply, asked, node_id))
 

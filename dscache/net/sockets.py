@@ -41,8 +41,8 @@ _TCP_OPTIONS: Final = {
 
 _ENDS: Final = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
-# Held while a socket is made that no object holds yet. A fork then comes before or after, and the
-# child closes every socket that it finds. The child inherits the lock, held by the thread that has
+# Held while a new socket belongs to no object yet. So a fork comes before or after, and the child
+# can close every socket of its parent. The child inherits the lock, held by the thread that has
 # forked.
 _making = make_lock()
 os.register_at_fork(

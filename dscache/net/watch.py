@@ -1,16 +1,17 @@
 """The changes that a watch has heard of and its caller hasn't taken yet, for both caches.
 
 Servers report changed keys by client tracking in broadcast mode, without their values. The caller
-of a watch reads the versions when it asks for the next change, so that several changes of one name
-while it was busy are one. It does no I/O; any thread may use it.
+of a watch reads the versions when it asks for the next change. So several changes of one name that
+came while it was busy are one. This module does no I/O, and any thread may use it.
 
 Theory of operation
 -------------------
 A change is read behind the report of it, and reports of later changes make the name pending again.
-So the last change of a name that the caller gets has the last version, unless reports were lost. A
-loss is an event, and so is the return of reports. An event is given behind the changes that were
-read before it, and before those that are read after it. So a caller that reads all names again at
-each RESUMED and FLUSHED, and then goes on, ends with the servers' records.
+So the last change of a name that the caller gets has the last version, unless reports were lost.
+
+A loss of reports is an event, and so is their return. An event is given behind the changes that
+were read before it, and before the changes that are read after it. So a caller that reads all names
+again at each RESUMED and FLUSHED, and then goes on, ends with the servers' records.
 """
 
 from __future__ import annotations
@@ -65,35 +66,40 @@ _PASSING: Final = frozenset(("LOADING", "MASTERDOWN", "CLUSTERDOWN", "BUSY", "TR
 class Change(Generic[DataT]):
     """A change of a record, of all records, or of the watch itself.
 
-    ``kind`` is "changed" or "deleted" for a record; "damaged" for one that can't be read, with the
-    ``reason``; "flushed" if a server has removed all its records; "gap" if changes may be missed
-    from here on, with the ``reason``; and "resumed" once they are reported again.
+    ``kind`` is one of these:
+
+    - "changed", "deleted": the record ``name`` was written, or is gone
+    - "damaged": the record can't be read, for the ``reason``
+    - "flushed": the server ``node`` has removed all its records
+    - "gap": changes may be missed from here on, for the ``reason``
+    - "resumed": changes are reported again
     """
 
     kind: Kind
     name: str = ""
-    """The name of the record; empty if it is no change of one."""
+    """The name of the record; empty for a change that isn't of one record."""
     version: int | None = None
-    """The version as it was read behind the change."""
+    """The version as it was read after the report of the change."""
     record: Record[DataT] | None = None
-    """The record as it was read behind the change, if the watch reads records."""
+    """The record as it was read after the report of the change, if the watch reads records."""
     node: str = ""
-    """The address of the server for a gap, its end, and a flush; empty if it concerns all."""
+    """The address of the server of a gap, its end or a flush; empty if all are concerned."""
     reason: str = ""
+    """The reason of a gap, or of damage, in words."""
     _read: Callable[[str], Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_loss(self) -> bool:
-        """Whether a mirror must read all names again: "resumed" and "flushed"."""
+        """Whether a copy of the records must be read again, after "resumed" and "flushed": bool."""
         return self.kind in (RESUMED, FLUSHED)
 
 
 class Changes:
     """The pending names and events of a watch on a prefix.
 
-    ``on_news`` is called when there is something to take; it must not block. A driver calls
-    ``move_events``, and then ``take_names`` if there are none. What it has read it gives to
-    ``changes_of``; names that could not be read it gives ``back``. Then it calls ``finish``.
+    ``on_news`` is called when there is something to take, and must not block. A driver calls
+    ``move_events``, and then ``take_names`` if there are no events. It gives the results of its
+    reads to ``changes_of``, and names that could not be read to ``back``. Then it calls ``finish``.
     """
 
     def __init__(
@@ -124,7 +130,7 @@ class Changes:
         self._name_of = layout.name_of
         self._layout = layout
         self.skipped = 0
-        """How many reports were of keys whose names are no UTF-8."""
+        """The number of reports left out, of keys whose names aren't UTF-8."""
         self._prefix = prefix
         self._on_news = on_news
         self._max_pending = max_pending
@@ -140,7 +146,7 @@ class Changes:
     # -- from the servers
 
     def take_push(self, node: str, push: list[Any]) -> None:
-        """Take a push of a server: the changed keys, or None after a flush."""
+        """Take a server's push: the changed keys, or None after a flush."""
         if len(push) != 2 or push[0] != b"invalidate":
             return
         keys = push[1]
@@ -168,7 +174,7 @@ class Changes:
         self.back(names_with(self._prefix, names))
 
     def back(self, names: Iterable[str]) -> None:
-        """Make names pending that are to be read."""
+        """Make names pending, to be read."""
         with self._lock:
             self._names.update(dict.fromkeys(names))
             if len(self._names) > self._max_pending:
@@ -212,11 +218,11 @@ class Changes:
 
     # -- to the caller
 
-    # An exception may strike anywhere in between. So nothing is removed here before it has been
-    # added where it goes, and an event or a name is rather given twice.
+    # An exception may strike anywhere. So each event or name is added to its new place before it is
+    # removed from the old one: it may be given twice, and is never lost.
 
     def move_events(self, found: deque[Any]) -> None:
-        """Move the events that wait behind the changes that were read before."""
+        """Move the waiting events behind the changes that were read before them."""
         with self._lock:
             found.extend(self._events)
             self._events.clear()

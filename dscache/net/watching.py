@@ -44,7 +44,7 @@ class WatchBase:
 
     @property
     def skipped(self) -> int:
-        """How many reports were left out so far, as the names in their keys are no UTF-8."""
+        """The number of reports left out so far, because their names aren't UTF-8: int."""
         return int(self._watching.changes.skipped)
 
     def __repr__(self) -> str:
@@ -54,7 +54,8 @@ class WatchBase:
 class Watching(Generic[DataT]):
     """Changes that a watch has heard of, and the primaries that it listens to.
 
-    A driver has the tasks or threads: it calls ``_look``, reads the names, and ``settle``\\ s them.
+    A driver has the tasks or threads. It calls ``_look`` for names, reads them, and gives the
+    results to ``_settle``.
     """
 
     _kind: ClassVar[type[Change]]
@@ -127,7 +128,7 @@ class Watching(Generic[DataT]):
         return holder
 
     def _look(self) -> list[str] | None:
-        """Return the names to read next, none if it has to wait; None if neither is to be done."""
+        """Return the names to read next; empty to wait for news, None to look for events."""
         self._news.clear()
         if self.is_closed:
             return None
@@ -137,7 +138,7 @@ class Watching(Generic[DataT]):
     def _settle(
         self, names: list[str], found: Mapping[str, Any], error: DscacheError | None = None
     ) -> float:
-        """Take what was read of some names, or the error; return the seconds to pause."""
+        """Take the records or versions of some names, or an error; return the seconds to pause."""
         changes: list[Change] = []
         if error is None:
             changes = self.changes.changes_of(names, found)

@@ -2,8 +2,8 @@
 
 Servers exchange messages over ``@deepstream/clusternode-redis``. A server trusts every message: a
 wrong one can end all servers, or all clients that are subscribed to its name. ``check`` refuses the
-messages that no server sends. It describes server 7.0 with client 7.0; the names and numbers are
-as in ``@deepstream/protobuf``.
+messages that no server sends. It describes server 7.0 with client 7.0. The names and numbers are
+those of ``@deepstream/protobuf``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Topic(IntEnum):
 
 
 class Registry(IntEnum):
-    """A registry: names, and the servers that have each. ``registryTopic`` of a message.
+    """A registry: names, and the servers that have each. A message has it as ``registryTopic``.
 
     ``RECORD_LISTENING`` and ``EVENT_LISTENING`` are topics of messages too.
     """
@@ -512,8 +512,9 @@ def check(message: Any, topic: int | None = None) -> None:
     """Raise MessageError if deepstream's servers or clients could fail on a message.
 
     ``message`` is a mapping, a Struct, a dataclass, or ``msgspec.Raw`` with JSON text. ``topic`` is
-    its channel if it isn't stated in the message. On a topic that deepstream doesn't use anything
-    is allowed. The text of the error names the field.
+    its channel, by default the topic that it states. On a topic that deepstream doesn't use, any
+    message passes. The text of the error names the field. The rules are those of server 7.0 with
+    client 7.0.
     """
     if type(message) is not dict:
         message = _as_mapping(message, topic)

@@ -199,7 +199,9 @@ class Subscriber(_Reader):
 class Messages(_Reader):
     """An iterator over the messages of a topic: ``async for message, sender in ...``.
 
-    It receives messages from its creation until it is closed or garbage-collected.
+    Made by ``MessageNode.messages``. It receives messages from its creation until it is closed or
+    garbage-collected. Each item is a Message and the name of its sender. It serves one consumer: a
+    second one that iterates at the same time gets UsageError.
     """
 
     def __init__(
@@ -240,11 +242,11 @@ class Messages(_Reader):
         return message, message.sender
 
     async def aclose(self) -> None:
-        """Stop receiving messages."""
+        """Do the same as ``close``."""
         self.close()
 
     def close(self) -> None:
-        """Stop receiving messages; the iteration ends after the waiting ones."""
+        """Receive no more messages; the iteration ends after the waiting ones."""
         self._closed = True
         self.queue.is_shut = True
         self._arrived.set()

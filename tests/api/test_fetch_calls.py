@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 from contextvars import ContextVar
 from typing import Any
 
@@ -252,6 +253,29 @@ async def test_a_closed_cache_refuses_the_call(make_cache: MakeCache) -> None:
     for fetch in (kept, cache.fetch):
         with pytest.raises(dscache.UsageError):
             await fetch("n", unwanted, ttl=60)
+
+
+@pytest.mark.parametrize("kind", [dscache.AsyncCache, dscache.Cache])
+async def test_help_knows_fetch_of_an_open_cache(
+    server: EmbeddedServer, backend: str, kind: Any
+) -> None:
+    cache = kind.from_config({"name": "memory"})
+    assert await until_done(cache.get("n")) is None
+    assert cache.fetch.__qualname__ != kind.fetch.__qualname__
+    text = inspect.getdoc(cache.fetch)
+    assert text is not None
+    assert text.splitlines()[0] == inspect.getdoc(kind.fetch).splitlines()[0]
+    own = inspect.signature(cache.fetch).parameters
+    expected = [*inspect.signature(kind.fetch).parameters.values()][1:]
+    assert [(one.name, one.kind, one.default) for one in own.values()] == [
+        (one.name, one.kind, one.default) for one in expected
+    ]
+    await until_done(cache.close())
+
+
+async def until_done(result: Any) -> Any:
+    """Return a result, which an AsyncCache lets await."""
+    return await result if inspect.isawaitable(result) else result
 
 
 async def test_a_subclass_may_replace_fetch(server: EmbeddedServer, backend: str) -> None:

@@ -71,6 +71,11 @@ def test_paths_do_what_they_do_in_deepstreams_client() -> None:
         assert found == case["result"], case
 
 
+@pytest.mark.parametrize("path", ["a[", "a]", "a[]", "a[["])
+def test_a_bracket_without_an_index_does_not_count(path: str) -> None:
+    assert by_path({"a": [1, 2], "b": 3}, path, "x") == {"a": "x", "b": 3}
+
+
 def test_values_that_the_client_loses_or_fails_at_are_refused() -> None:
     refused = [case for case in BY_CLIENT if is_refused(case)]
     assert len(refused) > 100

@@ -212,6 +212,14 @@ def test_the_readme_is_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
+@pytest.mark.parametrize(
+    "part", ["type=", "if_newer=True", ".update(", "nearCache", '["hits"]', "dscache.prometheus"]
+)
+def test_the_first_program_shows_each_part(part: str) -> None:
+    first = next(block for block in blocks(README) if block.language == "python")
+    assert part in first.text
+
+
 # -- everything
 
 
