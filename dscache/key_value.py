@@ -132,8 +132,10 @@ class RecordStore(
 
     def _name(self, collection: str | None, key: str) -> str:
         """Return the name of the record of a key."""
-        known = self._prefixes.get(collection) if isinstance(collection, str) else None
-        prefix = known or self._prefix_of(collection)
+        prefix = None
+        if isinstance(collection, str | None):
+            prefix = self._prefixes.get(collection)
+        prefix = prefix or self._prefix_of(collection)
         if not isinstance(key, str):
             raise RecordError(f"a key must be a str, not {shorten(key)}", name=key)
         return prefix + key

@@ -121,11 +121,11 @@ class MessageNode(AsyncResource):
         - a mapping of the same shape, or of options alone
         - a URL or ``host:port``
 
-        ``server_name`` overrides the configured name. Each server needs a unique name; without one,
-        a random name is generated. ``credentials`` is a ``redis.CredentialProvider``, which is
-        called before each connection. ``options`` override those of the source. They are named as
-        in a file, or in snake_case. The node connects at the first operation, or on entering
-        ``async with``.
+        ``server_name``, or ``serverName`` as in a file, overrides the configured name. Each server
+        needs a unique name; without one, a random name is generated. ``credentials`` is a
+        ``redis.CredentialProvider``, which is called before each connection. ``options`` override
+        those of the source. They are named as in a file, or in snake_case. The node connects at the
+        first operation, or on entering ``async with``.
 
         Raises ConfigError for a bad configuration.
         """
