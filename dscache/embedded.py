@@ -175,6 +175,26 @@ class EmbeddedServer:
         tls: TLSFiles | None = None,
         args: Sequence[str] = (),
     ) -> None:
+        given: object = binary
+        if not (given is None or isinstance(given, ServerBinary)):
+            remedy = "leave it out for the first server in PATH"
+            if isinstance(given, int):
+                remedy = f"write port={given}"
+            raise UsageError(
+                f"EmbeddedServer: binary must be one of find_servers(), not {given!r}; {remedy}"
+            )
+        security: object = tls
+        if not (security is None or isinstance(security, TLSFiles)):
+            raise UsageError(
+                "EmbeddedServer: tls must be TLSFiles(certificate, key, authority), "
+                f"not {security!r}"
+            )
+        if type(port) is not int or not 0 <= port <= 65535:
+            raise UsageError(f"EmbeddedServer: port must be an int from 0 to 65535, not {port!r}")
+        if isinstance(args, str) or not all(isinstance(one, (str, os.PathLike)) for one in args):
+            raise UsageError(
+                'EmbeddedServer: args must be a list of texts, such as ["--maxmemory", "100mb"]'
+            )
         self.binary = binary or find_server()
         if tls and unix_socket:
             raise UsageError("EmbeddedServer: a unix socket can't have TLS: leave out one of them")
