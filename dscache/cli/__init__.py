@@ -12,11 +12,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import DscacheError, reason_of
 from . import signals
+from .streams import discard_rest
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -90,11 +90,7 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            # The rest of the buffer would fail again at the interpreter's exit.
-            with suppress(OSError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self.fileno())
-                os.close(nowhere)
+            discard_rest(self)
             raise OutputError(f"standard output can't be written: {reason_of(error)}") from error
 
 
