@@ -53,6 +53,7 @@ blocking::test_cluster[bulk-blocking-raw] bulk-redis-py-blocking-cluster  speed 
 programs::test_fetch[one-fast-raw]      one-get-fast-raw            time <= 1.05
 programs::test_update[one-fast-raw]     one-rewrite-fast-raw        time <= 2.2
 programs::test_replace[fast]            if_newer-fast               time <= 1.2
+programs::test_scan[fast-raw]           redis-cli-scan-raw          speed >= 0.6
 export::test_export[1000000-export]     1000000-redis-cli           time <= 1
 stores::test_get[record-store]          redis-store                 speed >= 10
 stores::test_put[record-store]          redis-store                 speed >= 10

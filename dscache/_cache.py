@@ -13,6 +13,7 @@ from . import _backend
 from .config import Config, load, load_url
 from .config.sources import Source
 from .errors import shorten
+from .net.credentials import check_provider
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -39,6 +40,24 @@ def warn_of_dropped(resource: object, remedy: str) -> None:
     warnings.warn(message, ResourceWarning, stacklevel=3, source=resource)
 
 
+def check_cache(operation: str, cache: object) -> None:
+    """Raise TypeError for an object that is no cache, of which metrics were to be exported."""
+    if not isinstance(cache, CacheBase):
+        raise TypeError(f"{operation} needs an AsyncCache or a Cache, not {type(cache).__name__}")
+
+
+def check_label(operation: str, name: object, following: str) -> None:
+    """Raise TypeError for the name of a cache in metrics that is no text.
+
+    ``following`` is the next argument, which may have been given in its place.
+    """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"{operation}: name must be a str, not {type(name).__name__}; write {following}=... "
+            "for that"
+        )
+
+
 class CacheBase(Generic[NodesT]):
     """A cache, which connects at its first use."""
 
@@ -49,6 +68,7 @@ class CacheBase(Generic[NodesT]):
         **options: Any,
     ) -> None:
         """Make a cache; ``from_config`` documents the arguments."""
+        check_provider(credentials)
         self._config = load(source, options=options)
         self._credentials = credentials
         self._topology: NodesT | None = None

@@ -68,7 +68,7 @@ from .core.stats import latency_of, stats_of
 from .core.suspects import is_restricted, restricted_window
 from .core.waiters import DISCARDED as _discarded
 from .core.waiters import reject as _reject
-from .errors import ProtocolError, ReplyError, shorten
+from .errors import DscacheError, ProtocolError, ReplyError, shorten
 
 include "core/platform.pxi"
 include "core/constants.pxi"

@@ -25,7 +25,7 @@ from .core.changes import OMITTED, Omitted, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.fetch_terms import checked_names, no_load
 from .core.patches import patch_of
-from .errors import BulkError, ConfigError, ConnectionLost, UsageError
+from .errors import BulkError, ConfigError, ConnectionLost, UsageError, shorten
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -175,8 +175,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         DeadlineExceeded if the write may have happened; the text says so. The future fails with
         RecordDamaged if a condition meets a stored version that isn't one.
         """
-        if if_newer and self._hot_paths:
-            self._warn_of_hot_paths((name,))
+        if if_newer:
+            if if_newer != 1:
+                raise failures.bad_if_newer(f"record {shorten(name)}", if_newer)
+            if self._hot_paths:
+                self._warn_of_hot_paths((name,))
         operations = self._pipeline or self._open()
         done = operations.set(name, version, data, ttl, if_newer, if_version)
         if self._loads.checks.keeps_missing:
@@ -218,7 +221,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         """
         if type is not None:
             return self._typed_get_bulk(names, type)
-        return (self._pipeline or self._open()).get_bulk(names)
+        try:
+            return (self._pipeline or self._open()).get_bulk(names)
+        except TypeError as error:
+            failures.check_iterable("get_bulk", names, error)
+            raise
 
     def head_bulk(self, names: Iterable[str]) -> asyncio.Future[dict[str, int]]:
         """Read versions; the result maps the names found to versions, in the order of ``names``.
@@ -226,7 +233,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         Raises RecordError at the call for a bad name; no version is read then. The future fails
         with BulkError if some versions can't be read; it has their errors and the other versions.
         """
-        return (self._pipeline or self._open()).head_bulk(names)
+        try:
+            return (self._pipeline or self._open()).head_bulk(names)
+        except TypeError as error:
+            failures.check_iterable("head_bulk", names, error)
+            raise
 
     def set_bulk(
         self,
@@ -247,8 +258,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         with BulkError if some records can't be written; it has their errors, and the set of names
         not written among the others.
         """
-        if if_newer and self._hot_paths:
-            self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
+        if if_newer:
+            if if_newer != 1:
+                raise failures.bad_if_newer("set_bulk", if_newer)
+            if self._hot_paths:
+                self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
         done = (self._pipeline or self._open()).set_bulk(records, ttl, if_newer, if_version)
         if self._loads.checks.keeps_missing:
             self._end_notes(records, removed=False)
@@ -267,11 +281,16 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         with BulkError if some records can't be removed; it has their errors and the number of the
         others.
         """
-        if not self._loads.checks.keeps_missing:
-            return (self._pipeline or self._open()).delete_bulk(names, if_version)
-        names = names if isinstance(names, str | bytes) else list(names)
-        done = (self._pipeline or self._open()).delete_bulk(names, if_version)
-        self._end_notes(names, removed=True)
+        keeps_missing = self._loads.checks.keeps_missing
+        try:
+            if keeps_missing and not isinstance(names, str | bytes):
+                names = list(names)
+            done = (self._pipeline or self._open()).delete_bulk(names, if_version)
+        except TypeError as error:
+            failures.check_iterable("delete_bulk", names, error)
+            raise
+        if keeps_missing:
+            self._end_notes(names, removed=True)
         return done
 
     @overload
@@ -394,7 +413,11 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self, names: Iterable[str], type_: Any
     ) -> asyncio.Future[dict[str, Record]]:
         operations = self._pipeline or self._open()
-        checked = typed.checked(_backend.core.check_name, names)
+        try:
+            checked = typed.checked(_backend.core.check_name, names)
+        except TypeError as error:
+            failures.check_iterable("get_bulk", names, error)
+            raise
         waiter = self._loop.create_future()
         typed.get_bulk(operations, waiter, checked, type_)
         return waiter
@@ -695,7 +718,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
             raise no_load("fetch_bulk", "load_many", load_many)
         if type is not None:
             typed.check_type(type)
-        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
+        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing, "fetch_bulk")
         entry = self._pipeline or self._open()
         checked = checked_names("fetch_bulk", names)
         reads = self._loads.fetch_bulk(entry, checked, load_many, terms)

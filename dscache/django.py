@@ -21,7 +21,7 @@ from .core import exact_json
 from .core.changes import OMITTED, Successor
 from .core.keys import common_prefix
 from .core.lifetimes import rest_of, version_for
-from .errors import ConfigError, RecordMissing, shorten
+from .errors import ConfigError, RecordError, RecordMissing, shorten
 from .sync import Cache
 
 try:
@@ -147,9 +147,12 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
     def _open(self) -> _Entries:
         source = self._location
         if not isinstance(source, str | os.PathLike | Mapping):
+            remedy = "name the nodes of a cluster in OPTIONS, as nodes"
+            if source is None:
+                remedy = "is the variable set that it comes from?"
             raise ImproperlyConfigured(
                 f"CACHES: LOCATION must be a URL, a path or a mapping, not {shorten(source)}; "
-                "name the nodes of a cluster in OPTIONS, as nodes"
+                f"{remedy}"
             )
         if not source:
             source = {"name": "redis", "options": {}}
@@ -177,7 +180,13 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
             timeout = self.default_timeout
         if timeout is None:
             return 0
-        return math.ceil(timeout) if timeout > 0 else None
+        try:
+            seconds = math.ceil(timeout)
+        except (TypeError, ValueError, OverflowError):
+            raise RecordError(
+                f"timeout must be a number of seconds, or None for ever, not {shorten(timeout)}"
+            ) from None
+        return seconds if timeout > 0 else None
 
     def add(
         self, key: str, value: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None

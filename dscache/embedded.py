@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Self
 
 from dscache._forks import after_fork_in_child
-from dscache.errors import DscacheError, UsageError
+from dscache.errors import DscacheError, UsageError, reason_of
 
 _HOST = "127.0.0.1"
 _START_SECONDS = 20.0
@@ -175,6 +175,26 @@ class EmbeddedServer:
         tls: TLSFiles | None = None,
         args: Sequence[str] = (),
     ) -> None:
+        given: object = binary
+        if not (given is None or isinstance(given, ServerBinary)):
+            remedy = "leave it out for the first server in PATH"
+            if isinstance(given, int):
+                remedy = f"write port={given}"
+            raise UsageError(
+                f"EmbeddedServer: binary must be one of find_servers(), not {given!r}; {remedy}"
+            )
+        security: object = tls
+        if not (security is None or isinstance(security, TLSFiles)):
+            raise UsageError(
+                "EmbeddedServer: tls must be TLSFiles(certificate, key, authority), "
+                f"not {security!r}"
+            )
+        if type(port) is not int or not 0 <= port <= 65535:
+            raise UsageError(f"EmbeddedServer: port must be an int from 0 to 65535, not {port!r}")
+        if isinstance(args, str) or not all(isinstance(one, (str, os.PathLike)) for one in args):
+            raise UsageError(
+                'EmbeddedServer: args must be a list of texts, such as ["--maxmemory", "100mb"]'
+            )
         self.binary = binary or find_server()
         if tls and unix_socket:
             raise UsageError("EmbeddedServer: a unix socket can't have TLS: leave out one of them")
@@ -188,6 +208,7 @@ class EmbeddedServer:
         self._directory: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
+        self._has_run = False
         self._owner = os.getpid()
         after_fork_in_child(self, EmbeddedServer._close_pipe)
 
@@ -310,13 +331,17 @@ class EmbeddedServer:
 
     def _start_on_some_port(self) -> None:
         fixed = self.port != 0
-        for attempt in range(_PORT_TRIES):
+        # Another program may hold a port for a moment only, but one that the caller chose is most
+        # likely another server's.
+        tries = 1 if fixed and not self._has_run else _PORT_TRIES
+        for attempt in range(tries):
             if fixed:
                 time.sleep(0.2 * attempt)
             elif not self._unix_socket:
                 self.port = _free_port()
             self._spawn()
             if self._answers():
+                self._has_run = True
                 return
             # Another process may take the port between the check and the server's bind.
             if "in use" not in self.log:
@@ -431,10 +456,8 @@ def main() -> None:
         prog="python -m dscache.embedded",
         description="Run a private Redis or Valkey server on 127.0.0.1 until Ctrl-C.",
     )
-    parser.add_argument("--port", type=int, default=6379, help="0 is any that is free")
+    parser.add_argument("--port", type=_port, default=6379, help="0 is any that is free")
     port: int = parser.parse_args().port
-    if not 0 <= port <= 65535:
-        parser.error(f"--port must be a whole number from 0 to 65535, not {port}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with suppress(KeyboardInterrupt), EmbeddedServer(port=port) as server:
@@ -447,6 +470,12 @@ def main() -> None:
         sys.exit(f"dscache: {error}")
 
 
+def _port(text: str) -> int:
+    if text.isdecimal() and len(text) < 6 and int(text) < 65536:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"it must be a whole number from 0 to 65535, not {text!r}")
+
+
 def _print(line: str) -> None:
     """Print a line at once. Raises DscacheError if standard output can't be written."""
     if sys.stdout is None:
@@ -457,7 +486,7 @@ def _print(line: str) -> None:
         # Otherwise the interpreter would write the line again when it exits.
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        raise DscacheError(f"standard output can't be written: {error.strerror}") from error
+        raise DscacheError(f"standard output can't be written: {reason_of(error)}") from error
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ Every error can be pickled and copied.
 from __future__ import annotations
 
 import copy
+import errno
 import pickle
 import re
 from collections.abc import Mapping
@@ -302,3 +303,12 @@ def shorten(value: object, limit: int = 80) -> str:
         raise_interruption(error)
         text = f"a {type(value).__name__} that can't be shown ({type(error).__name__})"
     return text if len(text) <= limit + 2 else f"{text[:limit]}…"
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def reason_of(error: OSError) -> str:
+    """Return why a file or stream can't be written, and for a full disk the remedy."""
+    reason = str(error.strerror or error)
+    return f"{reason}; make room, or write elsewhere" if error.errno in _FULL else reason

@@ -7,7 +7,7 @@ at which the value expires, for ``ttl``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self, SupportsFloat
 
 from ._limits import MAX_TTL
@@ -16,7 +16,8 @@ from .config import Config, load
 from .config.sources import Source
 from .core import exact_json
 from .core.lifetimes import is_over, rest_of, version_for
-from .errors import shorten
+from .errors import RecordError, shorten
+from .net.credentials import check_provider
 
 try:
     from key_value.aio.errors import DeserializationError, InvalidTTLError, SerializationError
@@ -73,6 +74,10 @@ class RecordStore(
         credentials: CredentialProvider | None = None,
         **options: Any,
     ) -> None:
+        for option, text in (("prefix", prefix), ("default_collection", default_collection)):
+            given: object = text
+            if not isinstance(given, str):
+                raise TypeError(f"{option} must be a str, not {shorten(given)}")
         self.default_collection = default_collection
         self._prefix = prefix
         self._given: AsyncCache | None = None
@@ -82,6 +87,7 @@ class RecordStore(
             if options or credentials is not None:
                 raise TypeError("an AsyncCache has its options already; give them to it")
         else:
+            check_provider(credentials)
             self._config = load(source, options=options)
         self._credentials = credentials
         self._cache = self._given
@@ -117,20 +123,37 @@ class RecordStore(
         if len(self._prefixes) >= _MOST_PREFIXES:
             self._prefixes.clear()
         # No collection's names may begin with those of another one.
-        shown = (collection or self.default_collection).replace("%", "%25").replace(":", "%3A")
+        chosen = collection or self.default_collection
+        if not isinstance(chosen, str):
+            raise RecordError(f"a collection must be a str, not {shorten(chosen)}", name=chosen)
+        shown = chosen.replace("%", "%25").replace(":", "%3A")
         prefix = self._prefixes[collection] = f"{self._prefix}{shown}{_SEPARATOR}"
         return prefix
 
-    def _names(self, collection: str | None, keys: Sequence[str]) -> list[str]:
-        prefix = self._prefix_of(collection)
-        return [prefix + key for key in keys]
+    def _name(self, collection: str | None, key: str) -> str:
+        """Return the name of the record of a key."""
+        prefix = None
+        if isinstance(collection, str | None):
+            prefix = self._prefixes.get(collection)
+        prefix = prefix or self._prefix_of(collection)
+        if not isinstance(key, str):
+            raise RecordError(f"a key must be a str, not {shorten(key)}", name=key)
+        return prefix + key
+
+    def _names(self, operation: str, collection: str | None, keys: Sequence[str]) -> list[str]:
+        if isinstance(keys, (str, bytes)) or not isinstance(keys, Iterable):
+            raise RecordError(f"{operation} takes a list of keys, not {shorten(keys)}")
+        return [self._name(collection, key) for key in keys]
 
     # -- operations
 
     async def get(self, key: str, *, collection: str | None = None) -> dict[str, Any] | None:
         """Return a value, a dict, or None if there is none."""
-        prefix = self._prefixes.get(collection) or self._prefix_of(collection)
-        record = await (self._cache or self.records).get(prefix + key)
+        try:
+            name = (self._prefixes.get(collection) or self._prefix_of(collection)) + key
+        except TypeError:
+            name = self._name(collection, key)  # which says what is wrong
+        record = await (self._cache or self.records).get(name)
         if record is None or is_over(record.version):
             return None
         data = record.data
@@ -143,7 +166,7 @@ class RecordStore(
 
         The seconds are None for a value that doesn't expire. Both are None if there is no value.
         """
-        ((value, rest),) = await self.ttl_many([key], collection=collection)
+        ((value, rest),) = await self._found("ttl", [key], collection)
         return value, rest
 
     async def put(
@@ -156,25 +179,31 @@ class RecordStore(
     ) -> None:
         """Store a value for ``ttl`` seconds, or until it is removed."""
         seconds, lifetime = _lifetimes(ttl)
-        prefix = self._prefixes.get(collection) or self._prefix_of(collection)
+        name = self._name(collection, key)
         version = version_for(seconds)
-        await self.records.set(prefix + key, version, _encoded(value), ttl=lifetime)
+        await self.records.set(name, version, _encoded(value), ttl=lifetime)
 
     async def delete(self, key: str, *, collection: str | None = None) -> bool:
         """Remove a value; return whether it existed."""
-        return await self.records.delete(self._prefix_of(collection) + key)
+        return await self.records.delete(self._name(collection, key))
 
     async def get_many(
         self, keys: Sequence[str], *, collection: str | None = None
     ) -> list[dict[str, Any] | None]:
         """Return the values of keys in their order, read together; None for a missing one."""
-        return [value for value, _ in await self.ttl_many(keys, collection=collection)]
+        found = await self._found("get_many", keys, collection)
+        return [value for value, _ in found]
 
     async def ttl_many(
         self, keys: Sequence[str], *, collection: str | None = None
     ) -> list[tuple[dict[str, Any] | None, float | None]]:
         """Return the results of ``ttl`` for several keys in their order, read together."""
-        names = self._names(collection, keys)
+        return await self._found("ttl_many", keys, collection)
+
+    async def _found(
+        self, operation: str, keys: Sequence[str], collection: str | None
+    ) -> list[tuple[dict[str, Any] | None, float | None]]:
+        names = self._names(operation, collection, keys)
         found = await self.records.get_bulk(names)
         values: list[tuple[dict[str, Any] | None, float | None]] = []
         taken: set[str] = set()
@@ -203,10 +232,12 @@ class RecordStore(
 
         Raises ValueError if there are not as many keys as values.
         """
+        seconds, lifetime = _lifetimes(ttl)
+        names = self._names("put_many", collection, keys)
+        if isinstance(values, Mapping) or not isinstance(values, Sequence):
+            raise SerializationError(f"put_many takes a list of values, not {shorten(values)}")
         if len(keys) != len(values):
             raise ValueError(f"put_many has {len(keys)} keys and {len(values)} values")
-        seconds, lifetime = _lifetimes(ttl)
-        names = self._names(collection, keys)
         await self.records.set_bulk(
             {
                 name: (version_for(seconds), _encoded(value))
@@ -217,7 +248,7 @@ class RecordStore(
 
     async def delete_many(self, keys: Sequence[str], *, collection: str | None = None) -> int:
         """Remove values together; return how many existed."""
-        return await self.records.delete_bulk(self._names(collection, keys))
+        return await self.records.delete_bulk(self._names("delete_many", collection, keys))
 
     # -- enumeration and removal
 

@@ -16,7 +16,8 @@ from ._cache import warn_of_dropped
 from .aio.lifecycle import AsyncResource, check_loop, check_process, close_dropped, running_loop
 from .config.messages import MessageConfig, load
 from .core import envelope, failures
-from .errors import ConnectError, MessageError, shorten
+from .errors import ConnectError, MessageError, UsageError, shorten
+from .net.credentials import check_provider
 from .pubsub.protocol import CHECKED_TOPICS, check
 from .pubsub.reach import Echoes, Receivers
 from .pubsub.subscribers import Callback, Messages, Subscriber
@@ -71,6 +72,14 @@ class MessageNode(AsyncResource):
         credentials: CredentialProvider | None = None,
         on_gap: Callable[[float, float], object] | None = None,
     ) -> None:
+        check_provider(credentials)
+        if not (on_gap is None or callable(on_gap)):
+            raise UsageError(f"on_gap must be a function, not {shorten(on_gap)}")
+        if not isinstance(config, MessageConfig):
+            raise UsageError(
+                f"MessageNode takes a MessageConfig, not {type(config).__name__}; "
+                "write MessageNode.from_config(...)"
+            )
         self._config = config
         self._credentials = credentials
         self.on_gap = on_gap
@@ -112,11 +121,11 @@ class MessageNode(AsyncResource):
         - a mapping of the same shape, or of options alone
         - a URL or ``host:port``
 
-        ``server_name`` overrides the configured name. Each server needs a unique name; without one,
-        a random name is generated. ``credentials`` is a ``redis.CredentialProvider``, which is
-        called before each connection. ``options`` override those of the source. They are named as
-        in a file, or in snake_case. The node connects at the first operation, or on entering
-        ``async with``.
+        ``server_name``, or ``serverName`` as in a file, overrides the configured name. Each server
+        needs a unique name; without one, a random name is generated. ``credentials`` is a
+        ``redis.CredentialProvider``, which is called before each connection. ``options`` override
+        those of the source. They are named as in a file, or in snake_case. The node connects at the
+        first operation, or on entering ``async with``.
 
         Raises ConfigError for a bad configuration.
         """
@@ -149,7 +158,10 @@ class MessageNode(AsyncResource):
         Raises MessageError at the call for a bad message or name, or for a message on which
         deepstream's servers or clients could fail; ``unchecked`` sends the latter too.
         """
-        prefix = self._direct_prefixes.get(server) or self._direct_prefix(server)
+        try:
+            prefix = self._direct_prefixes.get(server) or self._direct_prefix(server)
+        except TypeError:  # it has no hash
+            prefix = self._direct_prefix(server)
         return self._send(prefix, message, topic, unchecked)
 
     def subscribe(
@@ -170,6 +182,11 @@ class MessageNode(AsyncResource):
         Raises MessageError for a bad argument.
         """
         topic = envelope.check_topic(topic)
+        if not callable(callback):
+            raise MessageError(
+                f"topic {topic}: callback must be a function, not {shorten(callback)}; "
+                "messages() needs none"
+            )
         limit, policy = self._limits(max_pending, overflow)
         transport = self._ensure_open()
         disconnect = _weak(self._disconnect)

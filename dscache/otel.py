@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from . import _metrics
+from ._cache import check_cache, check_label
 from ._metrics import NAMESPACE, Metric, Sample
 from ._version import __version__
 from .core.constants import LATENCY_BOUNDS
@@ -74,6 +75,8 @@ def observe(
     Each cache of a provider needs its own name. The default provider is the global one. The export
     ends when the cache is garbage-collected. Raises ValueError if another cache has that name.
     """
+    check_cache("observe", cache)
+    check_label("observe", name, "meter_provider")
     provider = meter_provider or metrics_api.get_meter_provider()
     instruments = _observed.get(provider)
     if instruments is None:
@@ -309,7 +312,8 @@ def trace(
 
     Raises ValueError if ``sample`` isn't from 0 to 1.
     """
-    if not 0 <= sample <= 1:
+    check_cache("trace", cache)
+    if not isinstance(sample, (int, float)) or not 0 <= sample <= 1:
         raise ValueError(f"sample must be from 0 to 1, not {sample!r}")
     provider = tracer_provider or trace_api.get_tracer_provider()
     tracer = provider.get_tracer(NAMESPACE, __version__, schema_url=_SCHEMA)
@@ -370,6 +374,8 @@ def measure(
     recording. Recording costs each operation some microseconds. ``observe`` exports the cache's own
     latencies at no cost to an operation.
     """
+    check_cache("measure", cache)
+    check_label("measure", name, "meter_provider")
     provider = meter_provider or metrics_api.get_meter_provider()
     return Measuring(cache, provider.get_meter(NAMESPACE, __version__, _SCHEMA), name)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from . import _backend
-from ._cache import CacheBase
+from ._cache import check_cache, check_label
 from ._metrics import NAMESPACE, counters, gauges
 from ._version import __version__
 
@@ -47,6 +47,12 @@ def register(
     ``remove(name)`` ends the export. Raises TypeError if ``cache`` is no cache, and ValueError if
     another cache has that name.
     """
+    check_cache("register", cache)
+    check_label("register", name, "registry")
+    if not isinstance(registry, CollectorRegistry):
+        raise TypeError(
+            f"register: registry must be a CollectorRegistry, not {type(registry).__name__}"
+        )
     collector = _registered.get(registry)
     if collector is None:
         collector = _registered[registry] = CacheCollector()
@@ -63,7 +69,13 @@ class CacheCollector(Collector):
     """
 
     def __init__(self, caches: Mapping[str, AsyncCache | Cache] | None = None) -> None:
-        self._caches: dict[str, AsyncCache | Cache] = dict(caches or {})
+        self._caches: dict[str, AsyncCache | Cache] = {}
+        if not isinstance(caches, Mapping | None):
+            raise TypeError(
+                f"CacheCollector takes a mapping of names to caches, not {type(caches).__name__}"
+            )
+        for name, cache in (caches or {}).items():
+            self.add(cache, name)
 
     def add(self, cache: AsyncCache | Cache, name: str) -> None:
         """Export another cache.
@@ -71,8 +83,8 @@ class CacheCollector(Collector):
         Raises TypeError if ``cache`` is no cache, and ValueError if a different cache has that
         name.
         """
-        if not isinstance(cache, CacheBase):
-            raise TypeError(f"register needs an AsyncCache or a Cache, not {type(cache).__name__}")
+        check_cache("add", cache)
+        check_label("add", name, "registry")
         if self._caches.setdefault(name, cache) is not cache:
             raise ValueError(f'a cache "{name}" already exists; give each cache its own name')
 

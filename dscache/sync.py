@@ -26,7 +26,7 @@ from .core.changes import OMITTED, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.fetch_terms import checked_names, is_async, no_load, not_plain
 from .core.patches import patch_of
-from .errors import BulkError, ConnectionLost, DscacheError
+from .errors import BulkError, ConnectionLost, DscacheError, shorten
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -143,8 +143,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
         happened; the text says so. Raises RecordDamaged if a condition meets a stored version that
         isn't one.
         """
-        if if_newer and self._hot_paths:
-            self._warn_of_hot_paths((name,))
+        if if_newer:
+            if if_newer != 1:
+                raise failures.bad_if_newer(f"record {shorten(name)}", if_newer)
+            if self._hot_paths:
+                self._warn_of_hot_paths((name,))
         run = self._run or self._open()
         done: bool = run("set", name, version, data, ttl, if_newer, if_version)
         if self._loads.checks.keeps_missing:
@@ -182,7 +185,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """
         if type is not None:
             return self._typed_get_bulk(names, type)
-        return (self._run or self._open())("get_bulk", names)
+        try:
+            return (self._run or self._open())("get_bulk", names)
+        except TypeError as error:
+            failures.check_iterable("get_bulk", names, error)
+            raise
 
     def head_bulk(self, names: Iterable[str]) -> dict[str, int]:
         """Read versions; return a dict of the versions found by name, in the order of ``names``.
@@ -190,7 +197,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Raises RecordError for a bad name; no version is read then. Raises BulkError if some
         versions can't be read; it has their errors and the other versions.
         """
-        return (self._run or self._open())("head_bulk", names)
+        try:
+            return (self._run or self._open())("head_bulk", names)
+        except TypeError as error:
+            failures.check_iterable("head_bulk", names, error)
+            raise
 
     def set_bulk(
         self,
@@ -211,8 +222,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
         records can't be written; it has their errors, and the set of names not written among the
         others.
         """
-        if if_newer and self._hot_paths:
-            self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
+        if if_newer:
+            if if_newer != 1:
+                raise failures.bad_if_newer("set_bulk", if_newer)
+            if self._hot_paths:
+                self._warn_of_hot_paths(records if isinstance(records, Mapping) else ())
         run = self._run or self._open()
         refused: builtins.set[str] = run("set_bulk", records, ttl, if_newer, if_version)
         if self._loads.checks.keeps_missing:
@@ -229,11 +243,16 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Raises RecordError for a bad name; no record is removed then. Raises BulkError if some
         records can't be removed; it has their errors and the number of the others.
         """
-        if not self._loads.checks.keeps_missing:
-            return (self._run or self._open())("delete_bulk", names, if_version)
-        names = names if isinstance(names, str | bytes) else list(names)
-        number: int = (self._run or self._open())("delete_bulk", names, if_version)
-        self._end_notes(names, removed=True)
+        keeps_missing = self._loads.checks.keeps_missing
+        try:
+            if keeps_missing and not isinstance(names, str | bytes):
+                names = list(names)
+            number: int = (self._run or self._open())("delete_bulk", names, if_version)
+        except TypeError as error:
+            failures.check_iterable("delete_bulk", names, error)
+            raise
+        if keeps_missing:
+            self._end_notes(names, removed=True)
         return number
 
     @overload
@@ -376,6 +395,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
             records = (self._run or self._open())("get_bulk", names)
         except BulkError as error:
             records, errors = error.result, error.errors
+        except TypeError as error:
+            failures.check_iterable("get_bulk", names, error)
+            raise
         return typed.all_with_type(records, errors, type_)
 
     @overload
@@ -677,7 +699,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
             raise not_plain("fetch_bulk", "load_many")
         if type is not None:
             typed.check_type(type)
-        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing)
+        terms = self._loads.checks.terms(ttl, refresh_after, jitter, keep_missing, "fetch_bulk")
         run = self._run or self._open()
         checked = checked_names("fetch_bulk", names)
         if type is None:

@@ -12,6 +12,7 @@ It sends records without decoding them, as Redis holds JSON text.
 
 import asyncio
 import os
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
@@ -22,18 +23,40 @@ from fastapi.responses import JSONResponse
 import dscache
 
 URL = os.environ.get("REDIS_URL", "redis://localhost:6379")
-# With a near cache, reading an unchanged record takes no round trip.
-CONFIG = {"name": "redis", "options": {"url": URL, "nearCache": True}}
-POLL_SECONDS = 0.02
+RETRY_SECONDS = 0.5
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    async with dscache.AsyncCache.from_config(CONFIG) as app.state.cache:
+    # The clients that wait for a change of each record. One watch serves them all.
+    app.state.clients = defaultdict(set)
+    async with dscache.AsyncCache.from_config(URL) as app.state.cache:
+        following = asyncio.create_task(follow())
         yield
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
 
 
 app = FastAPI(lifespan=lifespan)
+
+
+async def follow() -> None:
+    """Wake the clients of each record that changes."""
+    clients = app.state.clients
+    while True:
+        with suppress(dscache.DscacheError):  # Redis is unavailable: try again later
+            async with app.state.cache.watch() as changes:
+                wake(*clients)
+                async for change in changes:
+                    # Behind a gap, any record may have changed.
+                    wake(*clients if change.is_loss else [change.name])
+        await asyncio.sleep(RETRY_SECONDS)
+
+
+def wake(*names: str) -> None:
+    for name in names:
+        for changed in app.state.clients.get(name, ()):
+            changed.set()
 
 
 @app.exception_handler(dscache.DscacheError)
@@ -75,11 +98,28 @@ async def watch(socket: WebSocket, name: str) -> None:
 
 async def forward(socket: WebSocket, name: str) -> None:
     """Send a record's JSON text now and after each change."""
-    seen = None
-    while True:
-        with suppress(dscache.DscacheError):  # Redis is unavailable: try again later
-            record = await app.state.cache.get(name)
+    changed = asyncio.Event()
+    changed.set()
+    app.state.clients[name].add(changed)
+    try:
+        seen = None
+        while await changed.wait():
+            changed.clear()
+            record = await read_patiently(name)
             if record is not None and record.version != seen:
                 await socket.send_text(record.raw.decode())
                 seen = record.version
-        await asyncio.sleep(POLL_SECONDS)
+    finally:
+        app.state.clients[name].discard(changed)
+        if not app.state.clients[name]:
+            del app.state.clients[name]
+
+
+async def read_patiently(name: str) -> dscache.Record | None:
+    while True:
+        try:
+            return await app.state.cache.get(name)
+        except dscache.RecordError:
+            return None  # damaged: a change will tell when it is whole
+        except dscache.DscacheError:  # Redis is unavailable: try again later
+            await asyncio.sleep(RETRY_SECONDS)

@@ -29,13 +29,12 @@ def read(name):
 
 @app.post("/polls/<name>/<answer>")
 def vote(name, answer):
-    while True:
-        record = cache.get(f"poll/{name}")
-        version, votes = record or (0, {})
+    def add_vote(votes):
         votes[answer] = votes.get(answer, 0) + 1
-        # If another thread or process has written this version first, add the vote to its count.
-        if cache.set(f"poll/{name}", version + 1, votes, if_newer=True):
-            return votes
+        return votes
+
+    # If another thread or process has voted meanwhile, the vote is added to its count.
+    return cache.update(f"poll/{name}", add_vote, default={}).data
 
 
 @app.errorhandler(dscache.DscacheError)

@@ -24,12 +24,14 @@ from dscache.prometheus import register
 USERS = 1000
 
 
+def visited(data: dict[str, int]) -> dict[str, int]:
+    return {"visits": data["visits"] + 1}
+
+
 async def visit(cache: dscache.AsyncCache) -> None:
-    """Read some users and change one, like a visitor of a site."""
+    """Change one user and read some others, like a visitor of a site."""
     user = f"user/{random.randrange(USERS)}"
-    record = await cache.get(user)
-    version = 0 if record is None else record.version
-    await cache.set(user, version + 1, {"visits": version + 1}, ttl=60, if_newer=True)
+    await cache.update(user, visited, default={"visits": 0}, ttl=60)
     await cache.get_bulk(f"user/{random.randrange(USERS)}" for _ in range(20))
 
 

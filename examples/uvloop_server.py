@@ -44,14 +44,15 @@ requests = msgspec.json.Decoder(Score | Show)
 
 
 async def score(cache: dscache.AsyncCache, request: Score) -> Player:
-    name = f"player/{request.player}"
-    while True:
-        record = await cache.get(name)
-        player = record.decode(Player) if record else Player()
+    def add(player: Player) -> Player:
         player.points += request.points
         player.games += 1
-        if await cache.set(name, record.version + 1 if record else 0, player, if_newer=True):
-            return player
+        return player
+
+    name = f"player/{request.player}"
+    record = await cache.update(name, add, default=Player(), type=Player)
+    assert record is not None  # as the change never removes it
+    return record.data
 
 
 async def show(cache: dscache.AsyncCache, request: Show) -> msgspec.Raw | None:

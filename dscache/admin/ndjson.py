@@ -111,7 +111,8 @@ def _decode_tolerantly(text: bytes, refusal: Exception) -> Line:
         line = msgspec.convert(value, Line)
     except msgspec.ValidationError as error:
         raise RecordError(
-            f'it is not a record, which is {{"name":...,"version":...,"data":...}}: {error}'
+            f'it is not a record, which is {{"name":...,"version":...,"data":...}}: '
+            f"{_fault(value) or error}"
         ) from refusal
     if match := _AS_WRITTEN.fullmatch(text):
         # Encoded again, the text would differ, or be nested too deeply.
@@ -119,6 +120,25 @@ def _decode_tolerantly(text: bytes, refusal: Exception) -> Line:
             tolerant_json.decode(match[1])
             line.data = msgspec.Raw(match[1])
     return line
+
+
+def _fault(value: object) -> str:
+    """Return why a decoded line is no record, or "" if that isn't known."""
+    if not isinstance(value, dict):
+        return f"it is {shorten(value)}"
+    for name in ("name", "version", "data"):
+        if name not in value:
+            return f'"{name}" is missing'
+    for name, kind, expected in (
+        ("name", str, "a string"),
+        ("version", int, "a whole number"),
+        ("ttl", int, "whole seconds"),
+    ):
+        given = value.get(name)
+        if type(given) is not kind and not (name == "ttl" and given is None):
+            return f'"{name}" must be {expected}, not {shorten(given)}'
+    unknown = sorted(value.keys() - set(Line.__struct_fields__))
+    return f"{shorten(unknown[0])} is no part of it" if unknown else ""
 
 
 class Lines:

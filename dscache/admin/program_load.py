@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
@@ -98,19 +99,15 @@ class WatchedProgram:
 
 def check_url(url: str) -> str:
     """Return the URL of an endpoint as errors show it; raises DscacheError for another one."""
-    parts = urlsplit(url)
-    port, is_right = None, parts.scheme in ("http", "https") and parts.hostname
-    try:
-        port = parts.port
-    except ValueError:
-        is_right = False
-    if not is_right or parts.username is not None:
-        raise DscacheError(
-            "the metrics endpoint must be http://host:port/path or https://, without a user and "
-            "a password"
-        )
-    host = f"{parts.hostname}:{port}" if port else parts.hostname
-    return clean(f"{parts.scheme}://{host}{parts.path}")
+    with suppress(ValueError):  # brackets without an IPv6 address, or a port that is no number
+        parts = urlsplit(url)
+        is_http = parts.scheme in ("http", "https")
+        if is_http and parts.hostname and parts.port != 0 and "@" not in parts.netloc:
+            return clean(f"{parts.scheme}://{parts.netloc}{parts.path}")
+    raise DscacheError(
+        "the metrics endpoint must be http://host:port/path or https://, without a user and a "
+        "password"
+    )
 
 
 async def _in_thread(url: str, shown: str) -> str:

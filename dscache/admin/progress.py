@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from ..config import Config
-from ..errors import DscacheError
+from ..errors import DscacheError, reason_of
 
 StateT = TypeVar("StateT", bound=msgspec.Struct)
 
@@ -26,7 +25,6 @@ SAVE_INTERVAL = 2.0
 """Seconds between two saves of the state."""
 MAX_NOTES = 10
 """Faults that are reported one by one."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The least commandTimeout of a job, in milliseconds.
 _COMMAND_TIMEOUT = 10_000
 
@@ -92,12 +90,6 @@ def errors_of(path: Path) -> Iterator[None]:
         raise DscacheError(f"{path}: {reason_of(error)}") from error
 
 
-def reason_of(error: OSError) -> str:
-    """Return why a file or stream can't be written, and for a full disk the remedy."""
-    reason = str(error.strerror or error)
-    return f"{reason}; make room, or write elsewhere" if error.errno in _FULL else reason
-
-
 def read_state(path: Path, kind: type[StateT]) -> StateT | None:
     """Return the state of a job from its file, or None without a file.
 
@@ -107,8 +99,10 @@ def read_state(path: Path, kind: type[StateT]) -> StateT | None:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as error:
-        raise DscacheError(f"{path}: {error}; start over with --restart") from error
+    except OSError as error:
+        raise DscacheError(f"{path}: {error.strerror}; start over with --restart") from error
+    except msgspec.DecodeError as error:
+        raise DscacheError(f"{path}: it is damaged; start over with --restart") from error
 
 
 def write_state(path: Path, state: msgspec.Struct) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import os
+import stat
 import time
 import zlib
 from collections import deque
@@ -26,6 +27,8 @@ from .progress import BYTES, RECORDS, JobProgress, cancel_all, read_state, write
 
 # Chunks in flight.
 _CHUNKS = 4
+# The first bytes of compressed text, whatever the name of its file.
+_GZIP = b"\x1f\x8b"
 
 
 class ImportState(msgspec.Struct, forbid_unknown_fields=True):
@@ -53,9 +56,11 @@ class ImportFile:
             self._raw = path.open("rb")
         except OSError as error:
             raise DscacheError(f"{path}: {error.strerror}") from error
-        is_gzip = path.suffix == ".gz"
-        self._file = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw) if is_gzip else self._raw)
         status = os.fstat(self._raw.fileno())
+        is_gzip = path.suffix == ".gz" or (
+            stat.S_ISREG(status.st_mode) and self._raw.peek(2).startswith(_GZIP)
+        )
+        self._file = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw) if is_gzip else self._raw)
         self.length, self._changed = status.st_size, status.st_mtime_ns
 
     @property
@@ -76,9 +81,17 @@ class ImportFile:
         return found if is_same else new
 
     def save(self, state: ImportState) -> None:
-        """Save the state, if the folder is writable."""
+        """Save the state, if the folder is writable; without any progress, remove it."""
         with suppress(OSError):
-            write_state(self._state, state)
+            if state.line:
+                write_state(self._state, state)
+            else:
+                self._state.unlink(missing_ok=True)
+
+    @property
+    def saved(self) -> Path | None:
+        """The file of the state, if there is one."""
+        return self._state if self._state.exists() else None
 
     def finish(self) -> None:
         """Remove the state of a complete import."""
@@ -180,7 +193,7 @@ class Import:
                     message = f"{lines.place(number)}: {error}"
                     if not self.keep_going:
                         yield chunk
-                        raise DscacheError(message) from error
+                        raise DscacheError(f"{message}; --keep-going skips it") from error
                     chunk.broken += 1
                     self.job.note_damaged(message)
                 if line is not None:

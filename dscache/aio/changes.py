@@ -13,7 +13,9 @@ from weakref import ref
 from msgspec import Raw
 
 from ..core import changes as core
+from ..core.failures import of_call
 from ..core.holder import Holder
+from ..errors import DscacheError
 from ..net.backoff import full_jitter
 
 if TYPE_CHECKING:
@@ -148,6 +150,9 @@ class Changes:
                 except StopIteration as end:
                     changed: Record | None = end.value
                     return changed
+        except DscacheError as error:
+            of_call(error, operation, name)
+            raise
         finally:
             update.is_over = True
             if len(queue) == 1 and queue[0]() is update and self._queues.get(name) is queue:

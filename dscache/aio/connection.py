@@ -29,7 +29,7 @@ from ..core.failures import EndedHere, ErrorOf
 from ..core.refusals import settle_doubts
 from ..errors import ConnectError, ConnectionLost, ProtocolError
 from ..net.backoff import half_jitter
-from ..net.connect_errors import as_connect_error, permanent_failure
+from ..net.connect_errors import IF_PLAIN, as_connect_error, permanent_failure
 from ..net.credentials import Hidden, Word
 from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
@@ -136,6 +136,7 @@ class Connection(LoopBound):
             may_be_proxy=cluster is None and inbox is None and options.sentinels is None,
             announcements=announcements,
         )
+        self._endpoint.on_tls = self._on_tls
         self._endpoint.credentials.on_renewal(self._log_in_again, options.address)
         self.pipeline: Pipeline = _backend.core.Pipeline(
             self._loop.create_future,
@@ -244,7 +245,9 @@ class Connection(LoopBound):
         if not await wait_at_most(self._decided, timeout / 1000):
             down = self.pipeline.down
             if self._attempting and self.last_loss == "":  # the first attempt ends by now, too
-                down = as_connect_error(TimeoutError(), timeout, self._endpoint.tried)
+                down = as_connect_error(
+                    TimeoutError(), timeout, self._endpoint.tried, in_tls=self._endpoint.in_tls
+                )
             reason = f": {down}" if down else ""
             raise ConnectError(
                 f"no connection to {self.address} within {timeout} ms{reason}"
@@ -542,6 +545,10 @@ class Connection(LoopBound):
 
     # -- changes of state
 
+    def _on_tls(self) -> None:
+        if not self._connects and self.last_loss == "":
+            self.pipeline.down = ConnectError(f"still in the TLS handshake{IF_PLAIN}")
+
     def _on_connected(self, link: SocketProtocol, greeting: ServerInfo) -> None:
         self.link = link
         self.server, self.zone = greeting.server, greeting.zone
@@ -585,7 +592,9 @@ class Connection(LoopBound):
     def _failed(self, error: Exception) -> None:
         self._attempting = False
         self.pipeline.connection_lost(error, retry=True)
-        said = as_connect_error(error, self._options.connect_timeout, self._endpoint.tried)
+        endpoint = self._endpoint
+        timeout = self._options.connect_timeout
+        said = as_connect_error(error, timeout, endpoint.tried, in_tls=endpoint.in_tls)
         if self.pipeline.down is None or str(self.pipeline.down) != str(said):
             _logger.warning("can't connect to %s: %s", self.address, said)
         self.pipeline.down = said

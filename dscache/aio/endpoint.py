@@ -37,6 +37,10 @@ Ask = Callable[..., Awaitable[list[Any]]]
 """Sends commands (sequences of words) at once; returns the replies, error replies included."""
 
 
+def _nothing() -> None:
+    """Do nothing: the default of ``on_tls``."""
+
+
 class Endpoint:
     """One server as the configuration names it: by address, by path, or by its Sentinels.
 
@@ -73,6 +77,8 @@ class Endpoint:
         self._useless = UselessAddresses()
         self._attempt = SocketConnect(self._useless)
         self._closed = ClosedHandshakes(tls=bool(options.tls)) if may_be_proxy else None
+        self.on_tls: Callable[[], object] = _nothing
+        """Called when a TLS handshake begins."""
         self.address = options.address
         self.named = options.address
         """The address that the Sentinels named last."""
@@ -101,6 +107,11 @@ class Endpoint:
     def tried(self) -> str:
         """The addresses that the last attempt has tried in vain, each with its reason."""
         return self._attempt.tried
+
+    @property
+    def in_tls(self) -> bool:
+        """Whether the last attempt has come to the TLS handshake, and no further."""
+        return self._attempt.in_tls
 
     def move(self, address: tuple[str, int] | None, until: float) -> None:
         """Open sockets to another address until then, by the loop's time; None for the usual one.
@@ -159,6 +170,9 @@ class Endpoint:
             sock = await connect_to(found, self._attempt)
             self._peer = str(sock.getpeername()[0])
         # From here on the loop closes the socket, whatever happens.
+        if tls:
+            self._attempt.in_tls = True
+            self.on_tls()
         with tls_handshake() if tls else nullcontext():
             await create(
                 lambda: protocol,
@@ -166,6 +180,7 @@ class Endpoint:
                 ssl=context,
                 server_hostname=(tls.servername or host) if tls else None,
             )
+        self._attempt.in_tls = False
         if tls:
             # With TLS 1.3 a server refuses the client's certificate behind the handshake. The
             # alert is read here, before a write fails on the socket that the server has closed.

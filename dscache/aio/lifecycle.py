@@ -52,7 +52,7 @@ class LoopBound:
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
-        self._loop = asyncio.get_running_loop()
+        self._loop = running_loop(owner)
         self._pid = os.getpid()
         self._closed = False
 

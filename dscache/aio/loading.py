@@ -12,6 +12,7 @@ from inspect import isawaitable
 from typing import Any, TypeAlias
 
 from ..core import loading, notes
+from ..core.failures import of_call
 from ..core.fetch_terms import Checks, Terms
 from ..core.flights import Flight
 from ..core.loading import Do, Failed, Load, LoadEach, Outcome, Pause, Step
@@ -76,7 +77,13 @@ class Loads:
         aged: list[str] = []
         if terms.refresh_after is not None:
             aged = [name for name in names if not self.checks.is_recent(name)]
-        found = await entry.get_bulk([*names, *map(note_of, aged)])
+        try:
+            found = await entry.get_bulk([*names, *map(note_of, aged)])
+        except BulkError as error:
+            raise loading.bulk_failure(error, names) from error.__cause__
+        except DscacheError as error:
+            of_call(error, "fetch_bulk")
+            raise
         load = _many(load_many)
         due = loading.due_names(found, aged, self.checks, terms)
         if due:
@@ -200,7 +207,7 @@ class SlowFetches:
         # Both join the tick's batch of reads.
         reads = self._entry.get(name), self._entry.get(note_of(name))
         work = self._loads.fetch(self._entry, reads, name, load, terms)
-        self._complete_by(work, waiter, type_)
+        self._complete_by(work, waiter, name, type_)
 
     def go_on(
         self,
@@ -215,7 +222,7 @@ class SlowFetches:
     ) -> None:
         """Complete the future after a read that found the record ``found``, or None."""
         work = self._after(waiter, name, load, terms, found)
-        context.run(self._complete_by, work, waiter, type_)
+        context.run(self._complete_by, work, waiter, name, type_)
 
     async def _after(
         self, waiter: asyncio.Future[Any], name: str, load: Any, terms: Terms, found: Any
@@ -230,16 +237,16 @@ class SlowFetches:
         return found
 
     def _complete_by(
-        self, work: Coroutine[Any, Any, Any], waiter: asyncio.Future[Any], type_: Any
+        self, work: Coroutine[Any, Any, Any], waiter: asyncio.Future[Any], name: str, type_: Any
     ) -> None:
         task = self._loop.create_task(work)
         # Twice, as an exception of a signal handler may strike one call.
-        task.add_done_callback(partial(_complete, waiter, type_))
-        task.add_done_callback(partial(_complete, waiter, type_))
+        task.add_done_callback(partial(_complete, waiter, name, type_))
+        task.add_done_callback(partial(_complete, waiter, name, type_))
         waiter.add_done_callback(partial(_cancel, task))
 
 
-def _complete(waiter: asyncio.Future[Any], type_: Any, work: asyncio.Task[Any]) -> None:
+def _complete(waiter: asyncio.Future[Any], name: str, type_: Any, work: asyncio.Task[Any]) -> None:
     """Give a caller's future the outcome of its task."""
     error = None if work.cancelled() else work.exception()
     if waiter.done():
@@ -247,6 +254,8 @@ def _complete(waiter: asyncio.Future[Any], type_: Any, work: asyncio.Task[Any]) 
     if work.cancelled():
         waiter.cancel()
     elif error is not None:
+        if isinstance(error, DscacheError):
+            of_call(error, "fetch", name)
         waiter.set_exception(error)
     elif type_ is not None:
         TypedRead(waiter, type_).set_result(work.result())

@@ -13,7 +13,9 @@ from weakref import ref
 
 from .._locks import make_lock
 from ..core import changes as core
+from ..core.failures import of_call
 from ..core.holder import GLANCE, Holder, nothing
+from ..errors import DscacheError
 from ..net.backoff import full_jitter
 
 if TYPE_CHECKING:
@@ -67,6 +69,9 @@ class Changes:
                 operation, name, default, ttl, timing, if_changed, type, successor
             )
             return _drive(steps, run, operation, name, change)
+        except DscacheError as error:
+            of_call(error, operation, name)
+            raise
         finally:
             self._end_turn(name, holder)
             # A traceback may be kept for long, and must not keep the turn.

@@ -426,11 +426,11 @@ class Connection:
         ``timeout`` is the time that it had, in milliseconds.
         """
         raise_foreign(error)
-        tried = ""
+        tried, in_tls = "", False
         if self._holder is not None:
-            tried = self._holder.tried
+            tried, in_tls = self._holder.tried, self._holder.in_tls
             self._holder.note_useless()
-        failure = as_connect_error(error, timeout, tried)
+        failure = as_connect_error(error, timeout, tried, in_tls=in_tls)
         if isinstance(error, ConnectTimeout) and timeout < self._least_telling:
             # The attempts before it have used up the time, and their error tells more.
             failure = self.pipeline.down or failure

@@ -12,7 +12,8 @@ from weakref import ref
 
 from ..core import loading, notes
 from ..core.changes import PLAIN
-from ..core.fetch_terms import Checks, Terms, not_plain
+from ..core.failures import of_call
+from ..core.fetch_terms import AwaitedLoad, Checks, Terms
 from ..core.flights import Flight
 from ..core.holder import GLANCE, Holder
 from ..core.loading import Do, Load, Outcome, Pause, Step
@@ -78,11 +79,17 @@ class Loads:
         aged: list[str] = []
         if terms.refresh_after is not None:
             aged = [name for name in names if not self.checks.is_recent(name)]
-        found = run("get_bulk", [*names, *map(note_of, aged)])
+        try:
+            found = run("get_bulk", [*names, *map(note_of, aged)])
+        except BulkError as error:
+            raise loading.bulk_failure(error, names) from error.__cause__
+        except DscacheError as error:
+            of_call(error, "fetch_bulk")
+            raise
         records = {name: found[name] for name in names if name in found}
 
         def load(wanted: tuple[str, ...]) -> object:
-            return _plain("fetch_bulk", "load_many", load_many(list(wanted)))
+            return _plain(load_many(list(wanted)))
 
         due = loading.due_names(found, aged, self.checks, terms)
         if due:
@@ -270,15 +277,18 @@ def _renew(
 def _single(load: Callable[[str], Any]) -> _Loader:
     def load_one(names: tuple[str, ...]) -> Mapping[str, Any]:
         (name,) = names
-        return {name: _plain("fetch", "load", load(name))}
+        return {name: _plain(load(name))}
 
     return load_one
 
 
-def _plain(operation: str, load: str, result: Any) -> Any:
-    """Return the result of a load; raises TypeError if it is to be awaited."""
+def _plain(result: Any) -> Any:
+    """Return the result of a load; raises AwaitedLoad if it is to be awaited."""
     if type(result) not in PLAIN and inspect.isawaitable(result):
         if inspect.iscoroutine(result):
             result.close()  # or Python would warn that it was never awaited
-        raise not_plain(operation, load)
+        raise AwaitedLoad(
+            "returned an awaitable, and a Cache awaits nothing; give a plain function, or use an "
+            "AsyncCache"
+        )
     return result

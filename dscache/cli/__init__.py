@@ -12,12 +12,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
-from ..admin.progress import reason_of
-from ..errors import DscacheError
-from . import signals, versions
+from ..errors import DscacheError, reason_of
+from . import signals
+from .streams import discard_rest
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -39,13 +38,6 @@ def main() -> None:
                 app()
             finally:
                 sys.stdout.flush()
-    except (KeyboardInterrupt, SystemExit) as ended:
-        if not signals.have_caused(ended):
-            raise
-        # Python notes an interrupt that came while it executed text, as dataclasses do, and would
-        # end by SIGINT in place of the status. Other text removes the note.
-        exec("")
-        sys.exit(signals.exit_status())
     except OutputError as error:
         if isinstance(error.__cause__, BrokenPipeError):
             sys.exit(1)  # a reader such as head has closed the pipe on purpose
@@ -56,9 +48,19 @@ def main() -> None:
         named = isinstance(error.filename, str | bytes)
         where = f"{os.fsdecode(error.filename)}: " if named else ""
         _fail(f"{where}{error.strerror or error}")
+    except BaseException as ended:
+        # Also an error in which Python or an import has wrapped the KeyboardInterrupt.
+        if not signals.have_caused(ended):
+            raise
+        # Python notes an interrupt that came while it executed text, as dataclasses do, and would
+        # end by SIGINT in place of the status. Other text removes the note.
+        exec("")
+        sys.exit(signals.exit_status())
 
 
 def _print_version() -> None:
+    from . import versions
+
     print(versions.described())
 
 
@@ -88,11 +90,7 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            # The rest of the buffer would fail again at the interpreter's exit.
-            with suppress(OSError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self.fileno())
-                os.close(nowhere)
+            discard_rest(self)
             raise OutputError(f"standard output can't be written: {reason_of(error)}") from error
 
 

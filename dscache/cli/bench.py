@@ -32,31 +32,31 @@ _PERCENTILES = (50, 90, 99, 99.9)
 def bench(
     tasks: Annotated[
         int,
-        typer.Option(
-            min=1,
-            max=_MOST_TASKS,
+        number_option(
+            int,
+            "Concurrent tasks, each with one operation at a time.",
             metavar="N",
-            help="Concurrent tasks, each with one operation at a time.",
+            least=1,
+            most=_MOST_TASKS,
         ),
     ] = 100,
     seconds: Annotated[
         float,
-        number_option(
-            "--seconds", "Duration of the load.", metavar="S", min=0.1, max=_MOST_SECONDS
-        ),
+        number_option(float, "Duration of the load.", metavar="S", least=0.1, most=_MOST_SECONDS),
     ] = 5.0,
     read_ratio: Annotated[
         float,
-        number_option("--read-ratio", "Share of reads, 0 to 1.", metavar="SHARE", min=0, max=1),
+        number_option(float, "Share of reads, 0 to 1.", metavar="SHARE", least=0, most=1),
     ] = 0.9,
     size: Annotated[
-        int, typer.Option(min=1, metavar="BYTES", help="Size of each record's JSON text.")
+        int, number_option(int, "Size of each record's JSON text.", metavar="BYTES", least=1)
     ] = 120,
     bulk: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Records in one operation; 1 uses get and set.")
+        int,
+        number_option(int, "Records in one operation; 1 uses get and set.", metavar="N", least=1),
     ] = 1,
     records: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Number of different records.")
+        int, number_option(int, "Number of different records.", metavar="N", least=1)
     ] = 10_000,
     plot: Annotated[
         Path | None,

@@ -27,7 +27,7 @@ _NODE_KEYS = (
 
 @with_options("config", "url", "json")
 def cluster(*, chosen: Chosen) -> None:
-    """Show the nodes of a cluster: roles, slots, round-trip times and health.
+    """Show the nodes of a cluster: roles, slots, times and health.
 
     One reachable node is enough to find all. The exit status is 1 if a slot has no primary, or if
     a primary with slots is down.

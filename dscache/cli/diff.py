@@ -14,6 +14,7 @@ from ..admin.comparison import Difference, ExportedRecords, Records, StoredRecor
 from ..admin.progress import with_long_timeouts
 from ..config import Config
 from ..config.document import SUFFIXES
+from ..config.sources import is_url
 from .options import Chosen, PrefixOption, with_all_options
 from .output import complain, interruptible, number
 from .settings import load_source, run, with_layout
@@ -37,7 +38,7 @@ def diff(
     *,
     chosen: Chosen,
 ) -> None:
-    """Compare the records of a Redis with those of another, or of an export.
+    """Compare the records of two servers, or a server and an export.
 
     Prints the records that are missing or added in OTHER, or have another version, or other data
     under the same version. In a pipe, prints one JSON object a line. Reads all records of both,
@@ -78,13 +79,17 @@ def diff(
 def _export(other: str) -> Path | None:
     """Return the file of an export, or None for another place. Raises typer.BadParameter."""
     file = Path(other)
-    if file.is_dir():
-        raise typer.BadParameter(
-            f"{other} is a folder; give {_OTHER[0].lower()}{_OTHER[1:-1]}", param_hint="OTHER"
-        )
-    if other.endswith(_EXPORTS) or (file.is_file() and not other.lower().endswith(SUFFIXES)):
+    if other.endswith(_EXPORTS) and not file.is_dir():
         return file
-    return None
+    if other.lower().endswith(SUFFIXES) or is_url(other):
+        return None
+    if file.is_file():
+        return file
+    fault = "is a folder" if file.is_dir() else "is no file that exists"
+    shown = other.rpartition("@")[2]  # a mistyped URL may hold a password
+    raise typer.BadParameter(
+        f"{shown} {fault}; give {_OTHER[0].lower()}{_OTHER[1:-1]}", param_hint="OTHER"
+    )
 
 
 @asynccontextmanager

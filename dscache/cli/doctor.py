@@ -21,11 +21,11 @@ _STYLES = {OK: "green", UNKNOWN: "cyan", WARNING: "yellow", BAD: "bold red"}
 HotOption = Annotated[
     float,
     number_option(
-        "--hot",
+        float,
         "Let servers of Redis 8.6 or newer count for that long which records are used most.",
         metavar="SECONDS",
-        min=0,
-        max=60,
+        least=0,
+        most=60,
     ),
 ]
 

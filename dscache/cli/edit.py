@@ -37,12 +37,12 @@ def edit(
     *,
     chosen: Chosen,
 ) -> None:
-    """Change the data of a record in $VISUAL or $EDITOR, and write it as the next version.
+    """Change the data of a record in $VISUAL, $EDITOR or vi.
 
-    Nothing is written if the text stays the same, or if another client has written the record in
-    the meantime. Edited text that was not written, for whatever reason, stays in a file that the
-    command names. A lifetime ends with the write, as with set. The exit status is 1 if an edited
-    record was not written.
+    The edited data becomes the next version. Nothing is written if the text stays the same, or if
+    another client has written the record in the meantime. Edited text that was not written, for
+    whatever reason, stays in a file that the command names. A lifetime ends with the write, as
+    with set. The exit status is 1 if an edited record was not written.
     """
     config = chosen.load()
     record = run(_read(config, name))
@@ -53,8 +53,8 @@ def edit(
     written = False
     try:
         edited = _edited(file)
-        if edited == text.strip() and record is not None:
-            complain("unchanged")
+        if edited == text.strip():
+            complain("unchanged; nothing was written")
             return
         written = run(_write(config, name, version, edited, existed=record is not None))
         if not written:
@@ -124,8 +124,9 @@ def _run_editor(file: Path) -> None:
     try:
         process = subprocess.Popen([*shlex.split(editor), str(file)])
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise typer.BadParameter(
-            f"{editor!r} can't be run: {error}; set it to an editor", param_hint="VISUAL or EDITOR"
+            f"{editor!r} can't be run: {reason}; set it to an editor", param_hint="VISUAL or EDITOR"
         ) from None
     try:
         with signals.left_to_editor():

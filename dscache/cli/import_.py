@@ -12,8 +12,10 @@ from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..admin.progress import JobProgress, save_nowhere, with_long_timeouts
 from ..admin.restore import Import, ImportFile, ImportState
+from ..core.constants import MAX_TTL
+from ..errors import DscacheError
 from .job_summary import RESUMES, STDIO, RestartOption, conclude, identity, run_timed
-from .options import Chosen, IfNewerOption, flag, with_all_options
+from .options import Chosen, IfNewerOption, flag, number_option, with_all_options
 from .output import NOT_NEWER, complain, complain_of_all, number
 from .progress_bar import progress
 from .settings import read_input
@@ -30,10 +32,12 @@ def import_(
     if_newer: IfNewerOption = False,
     ttl: Annotated[
         int | None,
-        typer.Option(
+        number_option(
+            int,
+            "Lifetime of all records in place of that in their lines, 0 for none.",
             metavar="SECONDS",
-            help="Lifetime of all records in place of that in their lines, 0 for none.",
-            min=0,
+            least=0,
+            most=MAX_TTL,
             show_default=False,
         ),
     ] = None,
@@ -67,7 +71,13 @@ def import_(
                 if state.line:
                     complain(f"resuming: skipped {number(state.line, 'line')} already imported")
                 lines = ndjson.Lines(source.pieces(state.offset), str(file))
-                await import_run.run(lines, state, source.save, lambda: source.position)
+                try:
+                    await import_run.run(lines, state, source.save, lambda: source.position)
+                except DscacheError:
+                    if source.saved:
+                        done = number(state.line, "line")
+                        complain(f"{done} imported; {source.saved} notes it for the next run")
+                    raise
                 source.finish()
                 return state
 

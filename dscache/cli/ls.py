@@ -10,7 +10,8 @@ import typer
 from ..admin.cache import open_cache
 from ..admin.listing import Order, Row, list_records, sorted_records
 from ..admin.primaries import open_primaries
-from .options import Chosen, PrefixArgument, with_all_options
+from ..errors import shorten
+from .options import Chosen, PrefixArgument, number_option, with_all_options
 from .output import complain, interruptible
 from .settings import run
 from .tables import Results, line_of
@@ -29,24 +30,26 @@ def ls(
     ] = None,
     top: Annotated[
         int | None,
-        typer.Option(
-            min=1,
+        number_option(
+            int,
+            "Only the first N records, by bytes unless --sort names another column.",
             metavar="N",
-            help="Only the first N records, by bytes unless --sort names another column.",
+            least=1,
             show_default=False,
         ),
     ] = None,
     *,
     chosen: Chosen,
 ) -> None:
-    """Print the records of a prefix: name, version, bytes of JSON text, and lifetime in seconds.
+    """List the records of a prefix, with their sizes and lifetimes.
 
-    In a pipe, prints one JSON object a line. Without --sort and --top, records are printed as they
-    are found. The exit status is 1 if records are damaged.
+    Prints name, version, bytes of JSON text, and lifetime in seconds. In a pipe, prints one JSON
+    object a line. Without --sort and --top, records are printed as they are found. The exit status
+    is 1 if records are damaged.
     """
     config = chosen.load()
     results = Results(chosen.as_json, "version", "bytes", "ttl")
-    damaged = 0
+    damaged, found_any = 0, False
 
     def report(error: Exception) -> None:
         nonlocal damaged
@@ -54,7 +57,9 @@ def ls(
         complain(str(error))
 
     def show(rows: Iterable[Row]) -> None:
+        nonlocal found_any
         for row in rows:
+            found_any = True
             line = line_of(name=row.name, version=row.version, bytes=row.size, ttl=row.ttl)
             lifetime = "" if row.ttl is None else str(row.ttl)
             results.add(row.name, line, str(row.version), str(row.size), lifetime)
@@ -71,5 +76,7 @@ def ls(
 
     with interruptible("there are more records"):
         run(work())
+    if not (found_any or damaged or chosen.as_json):
+        complain(f"no records begin with {shorten(prefix)}" if prefix else "no records")
     if damaged:
         raise typer.Exit(1)

@@ -19,7 +19,7 @@ from .job_summary import RESUMES, run_timed
 from .options import Chosen, PrefixOption, flag, with_options
 from .output import complain_of_all, number, print_json
 from .progress_bar import progress
-from .settings import with_layout
+from .settings import shown, with_layout
 
 
 class _To(StrEnum):
@@ -63,7 +63,7 @@ def migrate(
     *,
     chosen: Chosen,
 ) -> None:
-    """Move records from one key layout to the other, while the servers stay in use.
+    """Move records to another key layout, while servers stay in use.
 
     With --from deepstream3, it moves the records of deepstream 1 to 3 to the two keys of newer
     versions; their versions stay.
@@ -74,7 +74,9 @@ def migrate(
     again at any time. The exit status is 1 if records remain in the old layout.
     """
     if to is None and source_layout is None:
-        raise typer.BadParameter("give the new layout, or --from deepstream3", param_hint="--to")
+        raise typer.BadParameter(
+            "give the new layout, hashtag or deepstream, or --from deepstream3", param_hint="--to"
+        )
     config = with_long_timeouts(chosen.load())
     count = Count()
     target_layout = ""
@@ -82,7 +84,7 @@ def migrate(
         prefixed = f" beginning with {shorten(prefix)}" if prefix else ""
         destination = f"the {to.value} layout" if to else "two keys each"
         typer.confirm(
-            f"Move all records{prefixed} at {config.address} to {destination}, and remove "
+            f"Move all records{prefixed} at {shown(config)} to {destination}, and remove "
             "their old keys?",
             abort=True,
             err=True,

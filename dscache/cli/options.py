@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from ..config import Config
+from ..errors import shorten
 from .settings import load, with_layout
 
 
@@ -23,16 +24,39 @@ def flag(name: str, text: str, **options: Any) -> Any:
     return typer.Option(name, metavar="", help=text, **options)
 
 
-def number_option(name: str, text: str, **options: Any) -> Any:
-    """Return an option for a number with a fraction."""
-    return typer.Option(name, help=text, callback=_refuse_nan, **options)
+def number_option(
+    kind: type[int] | type[float],
+    text: str,
+    *,
+    least: float,
+    most: float | None = None,
+    **options: Any,
+) -> Any:
+    """Return an option for a number, whole or with a fraction, from ``least`` to ``most``."""
+    return typer.Option(help=text, parser=number_parser(kind, least, most), **options)
 
 
-def _refuse_nan(value: float) -> float:
-    # It is neither below a least value nor above a greatest one.
-    if math.isnan(value):
-        raise typer.BadParameter("it is no number")
-    return value
+def number_parser(
+    kind: type[int] | type[float], least: float, most: float | None
+) -> Callable[[str | float], float]:
+    """Return a function that reads a number, or raises typer.BadParameter in plain words.
+
+    The words of typer are those of its validator, and differ from version to version.
+    """
+    bounds = f"of {least:,} or more" if most is None else f"from {least:,} to {most:,}"
+    expected = f"a whole number {bounds}" if kind is int else f"a number {bounds}"
+
+    def read(given: str | float) -> float:
+        try:
+            value: float = kind(given)
+        except ValueError:
+            value = math.nan
+        # NaN is neither below the least value nor above the greatest one.
+        if not (least <= value and (most is None or value <= most)):
+            raise typer.BadParameter(f"it must be {expected}, not {shorten(given)}")
+        return value
+
+    return read
 
 
 IfNewerOption = Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import msgspec
 import typer
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import signals
+from .streams import discard_rest
 
 
 def print_json(document: object) -> None:
@@ -32,8 +33,10 @@ NOT_NEWER = "not written: Redis holds the same or a newer version"
 
 def complain(message: str) -> None:
     """Print an error or a warning as one line on standard error."""
-    with suppress(OSError):  # there is no other place to report it
+    try:
         print(f"dscache: {printable(message)}", file=sys.stderr, flush=True)
+    except OSError:  # there is no other place to report it
+        discard_rest(sys.stderr)
 
 
 def complain_of_all(notes: Sequence[str], total: int) -> None:

@@ -41,7 +41,15 @@ def load(file: Path | None, url: str | None) -> Config:
     if file is not None and url is not None:
         raise typer.BadParameter("give only one of them", param_hint="--config / --url")
     if url is not None:
+        if url.lower().endswith(SUFFIXES) and not is_url(url):
+            raise typer.BadParameter("a file is the value of --config", param_hint="--url")
         return _load_url(url, "--url")
+    if file is not None and not str(file).lower().endswith(SUFFIXES):
+        raise typer.BadParameter(
+            f"a configuration is a file ending in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}; "
+            "a URL or host:port is the value of --url",
+            param_hint="--config",
+        )
     file = file or _default_file()
     if file is not None:
         with _warnings_shown():
@@ -54,8 +62,14 @@ def load(file: Path | None, url: str | None) -> Config:
         loaded = _load_url(DEFAULT_ADDRESS, "default")
         others = ("--url", "--config", OWN_VARIABLE, COMMON_VARIABLE, *DEFAULT_FILES)
         reason = f"without {', '.join(others[:-1])} or {others[-1]}"
-    print(f"dscache: using {loaded.address}, {reason}", file=sys.stderr)
+    print(f"dscache: using {shown(loaded)}, {reason}", file=sys.stderr)
     return loaded
+
+
+def shown(given: Config) -> str:
+    """Return the servers of a configuration, and the database unless it is 0; no password."""
+    database = given.options.db
+    return f"{given.address}, database {database}" if database else given.address
 
 
 def load_messages(file: Path | None, url: str | None) -> tuple[MessageConfig, bool] | None:
@@ -85,9 +99,8 @@ def _default_file() -> Path | None:
 def _load_url(url: str, source: str) -> Config:
     """Return the configuration of a URL or ``host:port``; errors name its source."""
     with _warnings_shown():
-        if not is_url(url):
-            # config.load would take it for the path of a file.
-            urls.parse(url, Location(source))
+        # config.load would name no source, and take text that is no URL for the path of a file.
+        urls.parse(url, Location(source))
         return config.load(url)
 
 

@@ -49,18 +49,19 @@ def top(
     interval: Annotated[
         float,
         number_option(
-            "--interval", "Seconds between two looks.", metavar="SECONDS", min=0.1, max=86_400
+            float, "Seconds between two looks.", metavar="SECONDS", least=0.1, most=86_400
         ),
     ] = 2.0,
     once: Annotated[bool, flag("--once", "Print one table, and end.")] = False,
     *,
     chosen: Chosen,
 ) -> None:
-    """Show the load of all servers, live: operations, hits, times, memory, clients and slow nodes.
+    """Show the load of all servers, or of a program's caches, live.
 
-    With --metrics, shows the load of a program's caches instead, as dscache.prometheus exports it.
-    In a pipe, prints one table; with --json, one JSON object for each interval, until Ctrl-C. With
-    --once, the exit status is 1 if a server is down.
+    Shows operations, hits, times, memory, clients and slow nodes. With --metrics, shows the load of
+    a program's caches instead, as dscache.prometheus exports it. In a pipe, prints one table; with
+    --json, one JSON object for each interval, until Ctrl-C. With --once, the exit status is 1 if a
+    server is down.
     """
     is_live = sys.stdout.isatty() and not once and not chosen.json
     title = ""

@@ -42,8 +42,9 @@ NO_EFFECT_OUTSIDE: Final = {
     "sentinelRetryStrategy": _NOT_FOR_SENTINEL,
     "updateSentinels": _NOT_FOR_SENTINEL,
 }
-# Options that would lead to another server if they were ignored, with the remedy.
+# Options that would lead to another server or login if they were ignored, with the remedy.
 UNSUPPORTED: Final = {
+    "credentials": "write username and password; a provider is an argument, credentials=...",
     "enableTLSForSentinelMode": "the Sentinels are queried without TLS",
     "useSRVRecords": "give the nodes' own hosts and ports",
 }
@@ -67,4 +68,37 @@ NO_EFFECT_BESIDE_NODES: Final = {
     "tls": "redisOptions.tls is used",
     "role": "scaleReads selects the nodes that serve reads",
     "reconnectOnError": "the primary of a slot is looked up after every READONLY",
+}
+# Names of redis-py's and other clients' options (case and _ aside), and the options here; None for
+# options that have no counterpart. The most similar name would be another option.
+OTHER_NAMES: Final = {
+    "auth": "password",
+    "clientname": "connectionName",
+    "cluster": "nodes",
+    "connectiontimeout": "connectTimeout",
+    "credentialprovider": "credentials",
+    "database": "db",
+    "decoderesponses": None,
+    "defaultttl": "ttl",
+    "encoding": None,
+    "expire": "ttl",
+    "healthcheckinterval": None,
+    "prefix": "keyPrefix",
+    "protocol": None,
+    "retryonerror": None,
+    "retryontimeout": None,
+    "servicename": "name",
+    "socketconnecttimeout": "connectTimeout",
+    "socketkeepalive": None,
+    "sockettimeout": "commandTimeout",
+    "ssl": "tls",
+    "sslcacerts": "tls",
+    "sslcertfile": "tls",
+    "sslcertreqs": "tls",
+    "sslcheckhostname": "tls",
+    "sslkeyfile": "tls",
+    "startupnodes": "nodes",
+    "timeout": "commandTimeout",
+    "unixsocketpath": "path",
+    "user": "username",
 }

@@ -204,7 +204,7 @@ def _name(section: PluginHead, place: Location) -> Literal["redis", "memory"]:
         if section.path not in _REDIS_PLUGINS:
             raise place.at("path").error(
                 f'must be "{_REDIS_PLUGINS[0]}", no other plug-in runs here; write name: redis in '
-                "its place if the records are in Redis"
+                "its place if the records are in Redis, and the path of a socket below options:"
             )
         return "redis"
     if section.type not in (None, "default"):

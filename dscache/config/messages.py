@@ -94,7 +94,8 @@ def load(
 
     Raises ConfigError, which begins with the place of the mistake.
     """
-    given, fields = read_arguments(MessageOptions, options or {})
+    server_name, options = with_server_name(server_name, options or {})
+    given, fields = read_arguments(MessageOptions, options)
     arguments = {name: ARGUMENTS.at(name) for name in given}
     if server_name is not None:
         server_name = _checked_name(server_name, Location("server_name"))
@@ -134,6 +135,21 @@ def load(
             "subscribers"
         )
     return MessageConfig(server_name=name, options=chosen, source=place.source)
+
+
+def with_server_name(
+    server_name: str | None, options: Mapping[str, Any]
+) -> tuple[str | None, Mapping[str, Any]]:
+    """Return the server's name, which may be given as ``serverName``, and the other options.
+
+    Raises ConfigError if it is given twice.
+    """
+    if options.get("serverName") is None:
+        return server_name, options
+    if server_name is not None:
+        raise ARGUMENTS.at("serverName").error("given twice, in camelCase and in snake_case")
+    others = {name: value for name, value in options.items() if name != "serverName"}
+    return options["serverName"], others
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -181,6 +181,7 @@ class Options(ConfigStruct, frozen=True, kw_only=True):
     consumed: ClassVar[tuple[str, ...]] = ("url",)
     no_effect: ClassVar[Mapping[str, str]] = ioredis.NO_EFFECT_OUTSIDE
     unsupported: ClassVar[Mapping[str, str]] = ioredis.UNSUPPORTED
+    other_names: ClassVar[Mapping[str, str | None]] = ioredis.OTHER_NAMES
 
     host: Host = "localhost"
     port: Port = 6379

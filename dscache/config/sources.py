@@ -7,11 +7,15 @@ only that section is evaluated: an unset variable of another section doesn't mat
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from contextlib import suppress
+from ipaddress import ip_address
+from typing import Any, Final, TypeVar, cast
 
 from ..errors import ConfigError
 from . import url
+from .address import join_address
 from .document import SUFFIXES, Document, Tree
 from .validation import ConfigStruct, Location, is_null, nearest, read, redact_key, text
 
@@ -19,6 +23,7 @@ Source = str | os.PathLike[str] | Mapping[str, Any]
 ENTRY_KEYS = frozenset(("name", "path", "type", "options"))
 """Keys of a deepstream plug-in's section."""
 _HEAD_KEYS = ("name", "path", "type")
+_UNSET: Final = "; is the variable set that it comes from?"
 
 
 SectionT = TypeVar("SectionT", bound=ConfigStruct)
@@ -34,18 +39,37 @@ def open_source(source: Source, environ: Mapping[str, str] | None) -> Tree | url
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(
             f"the configuration must be a path, a mapping or a URL, not {type(source).__name__}"
+            f"{_UNSET if source is None else ''}"
         )
     if isinstance(source, str) and is_url(source):
         return url.parse(source, Location("URL"))
     path = os.fsdecode(source)
+    if not path.strip():
+        raise ConfigError(f"the configuration is an empty text{_UNSET}")
     if not path.lower().endswith(SUFFIXES):
         # A mistyped URL may hold a password before the @.
         raise ConfigError(
             f"{path.rpartition('@')[2]}: a configuration is a file ending in "
             f"{', '.join(SUFFIXES)}, a mapping, host:port, or a URL ({url.SCHEMES})"
+            f"{_meant_by(path)}"
         )
     place = Location(os.path.basename(path))
     return Document(path, os.environ if environ is None else environ, place)
+
+
+def _meant_by(word: str) -> str:
+    """Return the remedy for a word that is no path, if it is clear what it means."""
+    bare = word.strip()
+    if bare == "memory":
+        return '; for a cache in memory write {"name": "memory"}'
+    if bare != word and is_url(bare):
+        return "; leave out the space around it"
+    if "@" in bare:
+        return "; begin a URL with redis://"
+    with suppress(ValueError):
+        return f"; for a server at this address write {join_address(str(ip_address(bare)), 6379)}"
+    is_name = re.fullmatch(r"[A-Za-z0-9-]+", bare)
+    return f"; for a server of this name write {bare}:6379" if is_name else ""
 
 
 def is_url(source: str) -> bool:

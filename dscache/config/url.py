@@ -27,6 +27,8 @@ LOCALHOST: Final = "localhost"
 SCHEMES = "redis://, rediss:// or unix://"
 _ESCAPE = "write the special characters of the password percent-encoded (@ %40, / %2F, # %23)"
 
+_SOCKET = "a socket's path begins with a third slash: unix:///run/redis.sock"
+
 
 class ParsedUrl(NamedTuple):
     """A parsed URL: the options by their names in a file, and the URL without its password."""
@@ -45,6 +47,8 @@ def parse(url: str, place: Location) -> ParsedUrl:
     if HOST_AND_PORT.fullmatch(url):
         bare_host, _, bare_port = url.rpartition(":")
         return ParsedUrl({"host": bare_host.strip("[]"), "port": bare_port}, url)
+    if url.strip(" ") != url:
+        raise place.error("begins or ends with a space; leave it out")
     # Valkey's tools use these for the same thing.
     if (alias := re.match(r"valkey(s?)://", url, re.IGNORECASE)) is not None:
         url = f"redis{alias[1].lower()}://{url[alias.end() :]}"
@@ -52,6 +56,8 @@ def parse(url: str, place: Location) -> ParsedUrl:
     if not separator:
         is_variable = re.fullmatch(r"\$[A-Za-z_]\w*", url)
         braces = "; the value of a variable is written as in ${REDIS_URL}" if is_variable else ""
+        if url.startswith("${"):
+            braces = "; ${...} is replaced by a variable's value in files alone"
         raise place.error(f"must begin with {SCHEMES}, or be host:port{braces}")
     if scheme.lower() not in ("redis", "rediss", "unix"):
         named = f", not {scheme}://" if scheme.isalnum() and len(scheme) <= 20 else ""
@@ -60,14 +66,14 @@ def parse(url: str, place: Location) -> ParsedUrl:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise place.error(f"the host or the port can't be read; {_ESCAPE}") from None
+        raise place.error(_flaw_of_server(url)) from None
     is_unix = parts.scheme == "unix"
     _refuse_spilled_password(url, parts, is_unix, place)
     options, tls = _query(parts.query, place)
     encoded = {"username": parts.username, "password": parts.password}
     if is_unix:
         if parts.netloc.rpartition("@")[2] or len(parts.path) < 2:
-            raise place.error("a socket's path begins with a third slash: unix:///run/redis.sock")
+            raise place.error(_SOCKET)
         encoded["path"] = parts.path
         shown = f"unix://{parts.path}"
     else:
@@ -89,6 +95,21 @@ def parse(url: str, place: Location) -> ParsedUrl:
     elif tls:
         raise place.error("the ssl_ options need a URL that begins with rediss://")
     return ParsedUrl(options, shown)
+
+
+def _flaw_of_server(url: str) -> str:
+    """Return why the host and port of a URL can't be read; it quotes neither."""
+    server, *rest = re.split(r"[/?#]", url.partition("://")[2], maxsplit=1)
+    if any("@" in part for part in rest):
+        return f"the host or the port can't be read; {_ESCAPE}"
+    if url[:5].lower() == "unix:":
+        return _SOCKET
+    server = server.rpartition("@")[2]
+    if "[" in server or "]" in server or re.fullmatch(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:\S*", server):
+        return "an IPv6 address is written in brackets, as in redis://[::1]:6379"
+    is_number = server.rpartition(":")[2].isdecimal()
+    remedy = "" if is_number or "@" in url else "; a password is followed by @ and the host"
+    return f"the port must be a whole number from 1 to 65535{remedy}"
 
 
 def _refuse_spilled_password(url: str, parts: SplitResult, is_unix: bool, place: Location) -> None:

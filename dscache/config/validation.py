@@ -71,7 +71,8 @@ class ConfigStruct(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_f
 
     ``expected`` describes its form in a file. ``consumed`` names options that are handled before
     the Struct is read. ``no_effect`` maps accepted options without effect to the reason,
-    ``unsupported`` options that can't be ignored to the remedy. ``unknown_remedy`` ends the error
+    ``unsupported`` options that can't be ignored to the remedy. ``other_names`` maps what other
+    clients call an option to its name here, or None without one. ``unknown_remedy`` ends the error
     for an option that is like none of them.
     """
 
@@ -79,6 +80,7 @@ class ConfigStruct(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_f
     consumed: ClassVar[tuple[str, ...]] = ()
     no_effect: ClassVar[Mapping[str, str]] = {}
     unsupported: ClassVar[Mapping[str, str]] = {}
+    other_names: ClassVar[Mapping[str, str | None]] = {}
     unknown_remedy: ClassVar[str] = ""
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
@@ -161,10 +163,13 @@ def text(written: object, place: Location, *, secret: bool = False) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the one of ``names`` most like ``name`` (case, ``_`` and ``-`` aside), or None."""
-    ignored = str.maketrans("", "", "_-")
-    folded = {known.lower().translate(ignored): known for known in names}
-    found = difflib.get_close_matches(name.lower().translate(ignored), folded, n=1)
+    folded = {_folded(known): known for known in names}
+    found = difflib.get_close_matches(_folded(name), folded, n=1)
     return folded[found[0]] if found else None
+
+
+def _folded(name: str) -> str:
+    return name.lower().translate(str.maketrans("", "", "_-"))
 
 
 def redact_key(key: str) -> str:
@@ -180,6 +185,13 @@ def _unknown(struct: type[ConfigStruct], key: str, value: object, place: Locatio
     remedy = "separate a name from its value by a colon and a space"
     if redact_key(key) != key:
         problem = f"unknown option; {remedy}"
+    elif (folded := _folded(key)) in struct.other_names:
+        meant = struct.other_names[folded]
+        problem = "unknown option, leave it out; it has no counterpart here"
+        if meant is not None:
+            # Other clients count in seconds.
+            unit = ", in milliseconds" if meant.endswith("Timeout") else ""
+            problem = f'unknown option, did you mean "{meant}"{unit}?'
     elif best := nearest(key, [*known, *struct.no_effect]):
         problem = f'unknown option, did you mean "{best}"?'
     elif is_null(value):
@@ -234,7 +246,8 @@ def _integer(
 ) -> int | None:
     low, high = cast(int, kind.ge), kind.le
     span = f"from {low} to {high}" if high else f"of at least {low}"
-    expected = f"a whole number {span}"
+    unit = f"of {extra['unit']} " if "unit" in extra else ""
+    expected = f"a whole number {unit}{span}"
     zero_is_none = extra.get("zero_is_none")
     # deepstream's connector takes any falsy ttl for none.
     if zero_is_none and _plain(written) in (False, ""):

@@ -7,6 +7,7 @@ from copy import copy
 from datetime import timedelta
 from typing import Any, Final, NoReturn
 
+from .._interruptions import raise_interruption
 from .._seconds import whole_seconds
 from ..errors import (
     BulkError,
@@ -22,6 +23,7 @@ from ..errors import (
     shorten,
 )
 from . import constants as c
+from .keys import NOTE_SUFFIX
 
 # Errors that hiredis raises for invalid RESP, beside its own: for a member of a map or set that
 # isn't hashable, and for invalid numbers. A signal handler may raise the same classes.
@@ -32,6 +34,8 @@ AWAY: Final = (ConnectError, ConnectionLost, DeadlineExceeded)
 _IN_SCRIPTS: Final = ("READONLY", "NOREPLICAS")
 # An error reply names a refused command within so many characters, before any argument.
 _NAMED: Final = 80
+# The first words of descriptions of operations.
+_STEPS: Final = ("get", "head", "set", "delete", "read", "update")
 
 ErrorOf = Callable[[str], Exception]
 """Makes an operation's error from its description: every waiter gets an error of its own."""
@@ -72,10 +76,18 @@ def check_prefix(operation: str, prefix: object) -> None:
 
 def bad_names(operation: str, names: object) -> RecordError:
     """Return the error for names that are one text, which would be read letter by letter."""
+    name = names.decode(errors="replace") if isinstance(names, bytes) else names
     return RecordError(
         f"{operation} takes an iterable of names, not one {type(names).__name__}; "
-        f"write {operation}([{shorten(names)}])"
+        f"write {operation}([{shorten(name)}])"
     )
+
+
+def check_iterable(operation: str, names: object, error: TypeError) -> None:
+    """Raise RecordError if an operation raised ``error`` because its names are no iterable."""
+    raise_interruption(error)
+    if not (hasattr(type(names), "__iter__") or hasattr(type(names), "__getitem__")):
+        raise RecordError(f"{operation} takes an iterable of names, not {shorten(names)}") from None
 
 
 def bad_records(records: object) -> RecordError:
@@ -101,6 +113,11 @@ def bad_version(name: str, version: object) -> RecordError:
         f"not {shorten(version)}",
         name=name,
     )
+
+
+def bad_if_newer(subject: str, if_newer: object) -> RecordError:
+    """Return the error for an ``if_newer`` that is true, as any text is, and not True."""
+    return RecordError(f"{subject}: if_newer must be True or False, not {shorten(if_newer)}")
 
 
 def check_ttl(name: str, ttl: object) -> int:
@@ -132,11 +149,11 @@ def overloaded(address: str, operations: int, size: int) -> Overloaded:
     )
 
 
-def too_long(address: str, announced: int, limit: int) -> ProtocolError:
+def too_long(address: str, announced: int, limit: int, of_text: bool = False) -> ProtocolError:
     """Return the error for a text or array that is announced as longer than allowed."""
     return ProtocolError(
         f"{address} announced a reply of length {announced}, and {limit} is allowed"
-        f"{' (maxReplyBytes)' if limit != c.MAX_ELEMENTS else ''}"
+        f"{' (maxReplyBytes)' if of_text else ''}"
     )
 
 
@@ -211,6 +228,31 @@ def describe(kind: int, name: str) -> str:
     if kind == c.PUBLISH:
         return f"send on topic {name[1 : name.index('}')]}"
     return f"{c.OPERATIONS[kind]} {shorten(name)}"
+
+
+def of_call(error: Exception, call: str, name: str | None = None) -> None:
+    """Let the error of an operation name the program's call, of which the operation was a step.
+
+    ``call`` is such as ``update``, and ``name`` its record, or None of a bulk.
+    """
+    if not error.args or not isinstance(error.args[0], str) or not isinstance(name, str | None):
+        return
+    text = error.args[0]
+    start = 0
+    if isinstance(error, ReplyError):  # its context, which may begin with redirections
+        start = text.find("(", len(error.message)) + 1
+        if text.startswith("redirected ", start):
+            start = text.rfind(") (") + len(") (")
+    subjects = ["_bulk"]
+    if name is not None:
+        call = f"{call} {shorten(name)}"
+        subjects += [f" {shorten(one)}" for one in (name, name + NOTE_SUFFIX)]
+    for subject in subjects:
+        for word in _STEPS:
+            end = start + len(word) + len(subject)
+            if text.startswith(word + subject, start) and text.startswith((": ", " at "), end):
+                error.args = (text[:start] + call + text[end:], *error.args[1:])
+                return
 
 
 def _doubt_of(operation: str) -> str:

@@ -14,7 +14,7 @@ from .._seconds import Lifetime, whole_seconds
 from ..errors import RecordError, shorten
 from . import constants as c
 from .entries import unique
-from .failures import bad_ttl
+from .failures import bad_ttl, check_iterable
 from .keys import NOTE_SUFFIX
 from .notes import note_of
 
@@ -63,22 +63,23 @@ def terms_of(
     jitter: float,
     keep_missing: Lifetime | None,
     default_ttl: int | None,
+    operation: str = "fetch",
 ) -> Terms:
     """Return the checked options of a ``fetch``; raises RecordError."""
     seconds = (default_ttl or 0) if ttl is None else whole_seconds(ttl)
     if seconds is None or not 0 <= seconds <= c.MAX_TTL:
-        raise bad_ttl("fetch", ttl)
-    due = _checked_seconds("refresh_after", refresh_after)
+        raise bad_ttl(operation, ttl)
+    due = _checked_seconds(operation, "refresh_after", refresh_after)
     if due is not None and seconds and due >= seconds:
         raise RecordError(
-            f"fetch: refresh_after must be less than the ttl of {seconds} s, not {due}; a record "
-            "that has expired is loaded anyway"
+            f"{operation}: refresh_after must be less than the ttl of {seconds} s, not {due}; a "
+            "record that has expired is loaded anyway"
         )
-    kept = _checked_seconds("keep_missing", keep_missing)
+    kept = _checked_seconds(operation, "keep_missing", keep_missing)
     is_number = type(jitter) is float or _is_int(jitter)
     if not is_number or not 0 <= jitter < 1:
         raise RecordError(
-            f"fetch: jitter must be a number from 0 to less than 1, not {shorten(jitter)}"
+            f"{operation}: jitter must be a number from 0 to less than 1, not {shorten(jitter)}"
         )
     return Terms(seconds, due, float(jitter), kept)
 
@@ -96,6 +97,10 @@ def is_async(load: Any) -> bool:
     return inspect.iscoroutinefunction(load) or inspect.iscoroutinefunction(
         getattr(load, "__call__", None)  # noqa: B004 # of an object; whether it is callable is known
     )
+
+
+class AwaitedLoad(TypeError):
+    """A load of a Cache has returned an awaitable."""
 
 
 def not_plain(operation: str, name: str) -> TypeError:
@@ -125,18 +130,22 @@ def name_of_note(operation: str, name: str) -> RecordError:
 
 def checked_names(operation: str, names: Iterable[str]) -> list[str]:
     """Return the names of a bulk, each once; raises RecordError for a bad one."""
-    checked = list(unique(operation, names))
+    try:
+        checked = list(unique(operation, names))
+    except TypeError as error:
+        check_iterable(operation, names, error)
+        raise
     for name in checked:
         if name.endswith(NOTE_SUFFIX):
             raise name_of_note(operation, name)
     return checked
 
 
-def _checked_seconds(option: str, value: Lifetime | None) -> int | None:
+def _checked_seconds(operation: str, option: str, value: Lifetime | None) -> int | None:
     seconds = whole_seconds(value)
     if value is not None and (seconds is None or not 1 <= seconds <= c.MAX_TTL):
         raise RecordError(
-            f"fetch: {option} must be whole seconds from 1 to {c.MAX_TTL} or None, "
+            f"{operation}: {option} must be whole seconds from 1 to {c.MAX_TTL} or None, "
             f"not {shorten(value)}"
         )
     return seconds
@@ -168,12 +177,17 @@ class Checks:
         refresh_after: Lifetime | None,
         jitter: float,
         keep_missing: Lifetime | None,
+        operation: str = "fetch",
     ) -> Terms:
         """Return the checked options of a ``fetch``; raises RecordError."""
         given = ttl, refresh_after, jitter, keep_missing
-        terms = self._known.get(given)
+        try:
+            terms = self._known.get(given)
+        except TypeError:  # one has no hash
+            terms_of(*given, self._default_ttl, operation)
+            raise
         if terms is None:
-            terms = terms_of(*given, self._default_ttl)
+            terms = terms_of(*given, self._default_ttl, operation)
             if len(self._known) >= _MOST_TERMS:
                 self._known.clear()
             self._known[given] = terms

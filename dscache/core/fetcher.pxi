@@ -296,6 +296,7 @@ cdef class _FetchRead:
         self.fetcher._take(self, record)
 
     def set_exception(self, error, /):
+        failures.of_call(error, "fetch", self.name)
         self.waiter.set_exception(error)
 
     def exception(self):
@@ -353,12 +354,16 @@ cdef class BlockingFetcher:
         if not self._is_plain(<PyObject*>load):
             self._check_plain(load)
         cdef str key = checked_record_name(name)
-        if call.ages and not self._calls.is_recent(key):
-            record = self._slow.check_age(key, load, call.terms)
-        else:
-            record = self._run("get", key) if self._near is None else self._near(key)
-            if record is None or self._calls.is_missing(<PyObject*>key):
-                record = self._slow.go_on(key, load, call.terms, record)
+        try:
+            if call.ages and not self._calls.is_recent(key):
+                record = self._slow.check_age(key, load, call.terms)
+            else:
+                record = self._run("get", key) if self._near is None else self._near(key)
+                if record is None or self._calls.is_missing(<PyObject*>key):
+                    record = self._slow.go_on(key, load, call.terms, record)
+        except DscacheError as error:
+            failures.of_call(error, "fetch", key)
+            raise
         return record if call.type is None or record is None else typed.with_type(record, call.type)
 
 

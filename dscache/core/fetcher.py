@@ -16,7 +16,9 @@ from functools import partial
 from typing import Any, Protocol
 
 from .._seconds import Lifetime
+from ..errors import DscacheError
 from . import typed
+from .failures import of_call
 from .fetch_terms import Checks, Terms, check_plain, name_of_note, no_load
 from .keys import NOTE_SUFFIX
 from .record import check_name
@@ -123,6 +125,7 @@ class FetchRead:
         self.fetcher.take(self, record)
 
     def set_exception(self, error: Exception, /) -> None:
+        of_call(error, "fetch", self.name)
         self.waiter.set_exception(error)
 
     def exception(self) -> object:
@@ -170,10 +173,14 @@ class BlockingFetcher:
         name = check_name(name)
         if name.endswith(NOTE_SUFFIX):
             raise name_of_note("fetch", name)
-        if refresh_after is not None and not self._checks.is_recent(name):
-            record = self._slow.check_age(name, load, terms)
-        else:
-            record = self._get(name)
-            if record is None or name in self._checks.missing:
-                record = self._slow.go_on(name, load, terms, record)
+        try:
+            if refresh_after is not None and not self._checks.is_recent(name):
+                record = self._slow.check_age(name, load, terms)
+            else:
+                record = self._get(name)
+                if record is None or name in self._checks.missing:
+                    record = self._slow.go_on(name, load, terms, record)
+        except DscacheError as error:
+            of_call(error, "fetch", name)
+            raise
         return record if type is None or record is None else typed.with_type(record, type)

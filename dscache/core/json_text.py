@@ -100,6 +100,11 @@ def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
 def _new_decoder(type_: Any) -> Callable[[bytes], Any]:
     if is_model(type_):
         return type_.model_validate_json  # type: ignore[no-any-return] # pydantic's
+    if isinstance(type_, (str, bytes)):
+        raise TypeError(
+            f"type must be a class or another type, not the text {shorten(type_)}; write the type "
+            "itself, and get_bulk reads several records"
+        )
     return msgspec.json.Decoder(type_, dec_hook=decode_model).decode
 
 

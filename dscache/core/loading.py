@@ -46,7 +46,7 @@ import msgspec
 
 from .. import _backend
 from ..errors import BulkError, DscacheError, LoadError, RecordError, shorten
-from .fetch_terms import Checks, Terms
+from .fetch_terms import AwaitedLoad, Checks, Terms
 from .flights import Rings
 from .keys import NOTE_SUFFIX
 from .notes import (
@@ -385,16 +385,19 @@ def _load(held: dict[str, int], terms: Terms, outcome: Outcome, *, refresh: bool
     def renewal(waits: list[str]) -> Do:
         return _write_notes(_lease(waits), LEASE_SECONDS, tokens)
 
+    said = ""
     try:
         loaded = yield Load(wanted, renewal)
         if not isinstance(loaded, Mapping):
-            raise TypeError(
-                f"load_many must return a mapping of name to data, not {type(loaded).__name__}"
-            )
+            wanted_kind = "load_many must return a mapping of name to data"
+            said = f"returned {type(loaded).__name__}; {wanted_kind}"
+            raise TypeError(f"{wanted_kind}, not {type(loaded).__name__}")
     except Exception as error:
         for name in wanted:
             del held[name]
-        said = f"raised {type(error).__name__}"
+        said = said or (
+            str(error) if isinstance(error, AwaitedLoad) else f"raised {type(error).__name__}"
+        )
         yield from _fail(tokens, terms, outcome, error, said, refresh=refresh)
     else:
         yield from _store(held, wanted, loaded, found, terms, outcome, refresh=refresh)
@@ -502,7 +505,8 @@ def _store(
             record = record_of(name, loaded[name], base)
         except RecordError as error:
             token = {name: held.pop(name)}
-            said = "returned data that can't be stored"
+            reason = str(error).removeprefix(f"record {shorten(name)}: ")
+            said = f"returned data that can't be stored: {reason}"
             yield from _fail(token, terms, outcome, error, said, refresh=refresh)
             continue
         # A source that is behind what Redis holds moves no record back.
@@ -586,6 +590,15 @@ def _spread(names: Iterable[str], seconds: int, terms: Terms) -> dict[int, list[
     for name in names:
         spread.setdefault(_random.choice(lifetimes), []).append(name)
     return spread
+
+
+def bulk_failure(error: BulkError, names: Iterable[str]) -> BulkError:
+    """Return the error of a ``fetch_bulk`` whose read of records and notes has failed in part."""
+    errors: dict[str, Exception] = {}
+    for name, reason in error.errors.items():
+        errors.setdefault(name.removesuffix(NOTE_SUFFIX), reason)
+    found = {name: error.result[name] for name in names if name in error.result}
+    return BulkError("fetch_bulk", errors, found)
 
 
 def due_names(

@@ -109,7 +109,7 @@ cdef class _LengthGuard:
             self._count()
             return 0
         if self._announced > limit:
-            raise failures.too_long(address, self._announced, limit)
+            raise failures.too_long(address, self._announced, limit, text)
         if text:
             self._skip = self._announced + 2
         elif self._announced:

@@ -93,7 +93,7 @@ class LengthGuard:
                 of_text = mark in _TEXTS
                 limit = self._max_reply_bytes if of_text else c.MAX_ELEMENTS
                 if length > limit:
-                    raise failures.too_long(address, length, limit)
+                    raise failures.too_long(address, length, limit, of_text)
                 if of_text and length >= 0:
                     end += length + 2
             if length > 0 and not of_text:

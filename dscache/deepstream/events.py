@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from ..core import envelope
+from ..core.failures import closed
 from ..errors import MessageError, Overloaded, UsageError, shorten
 from ..pubsub.encoding import decode_text, encode_text
 from .arrivals import Arrivals
@@ -112,6 +113,7 @@ class Events:
         self._listening: WeakSet[Listening] = WeakSet()
         self._unsubscribe: Callable[[], None] | None = None
         self._is_damage_logged = False
+        self._is_closed = False
         self.emitted = self.received = self.damaged = 0
 
     async def emit(self, name: str, data: Any = None) -> int:
@@ -123,6 +125,7 @@ class Events:
         Raises MessageError for a bad name or data. The call also raises the errors of
         ``MessageNode.send``.
         """
+        self._check_open()
         if not isinstance(name, str) or not name:
             raise MessageError(
                 f"emit: the name of an event must be a text that is not empty, not {shorten(name)}"
@@ -147,6 +150,7 @@ class Events:
 
         Raises UsageError for a bad argument.
         """
+        self._check_open()
         check_pattern("listen", pattern)
         options = self._node.config.options
         limit = options.max_pending if max_pending is None else max_pending
@@ -198,8 +202,13 @@ class Events:
             if one.matches(name):
                 one.put(event)
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise closed("peer")
+
     def close(self) -> None:
         """End all iterations."""
+        self._is_closed = True
         for one in list(self._listening):
             one.close()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..core.changes import KEEP
-from ..errors import RecordError, UsageError, shorten
+from ..core.failures import of_call
+from ..errors import DscacheError, RecordError, UsageError, shorten
 
 if TYPE_CHECKING:
     from ..core.pure import Record
@@ -33,9 +35,13 @@ class Lists:
         A missing list is created. Raises UsageError for an entry that is no text. The call also
         raises the errors of ``peer.records.set``.
         """
+        given: object = entries
+        if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+            raise UsageError(f"set: entries must be a list of texts, not {shorten(given)}")
+        entries = list(given)
         for entry in entries:
             _check_entry("set", entry)
-        return await self._records.set(name, list(entries))
+        return await self._records.set(name, entries)
 
     async def add(
         self, name: str, entry: str, *, index: int | None = None, unique: bool = True
@@ -64,7 +70,7 @@ class Lists:
             found.insert(at, entry)
             return found
 
-        return await self._change(name, change)
+        return await self._change("add", name, change)
 
     async def remove(self, name: str, entry: str) -> list[str]:
         """Remove all occurrences of an entry, and tell the subscribers; the result is all entries.
@@ -79,10 +85,14 @@ class Lists:
             left = [one for one in found if one != entry]
             return KEEP if len(left) == len(found) else left
 
-        return await self._change(name, change)
+        return await self._change("remove", name, change)
 
-    async def _change(self, name: str, change: Any) -> list[str]:
-        record = await self._records.update(name, change, default=[])
+    async def _change(self, operation: str, name: str, change: Any) -> list[str]:
+        try:
+            record = await self._records.update(name, change, default=[])
+        except DscacheError as error:
+            of_call(error, operation, name)
+            raise
         return [] if record is None else _entries(name, record.data)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..aio.lifecycle import AsyncResource
 from ..cache import AsyncCache
-from ..config.messages import split_options
+from ..config.messages import split_options, with_server_name
 from ..config.sources import Source
 from ..core import failures
 from ..errors import UsageError, shorten
@@ -82,8 +82,9 @@ class Peer(AsyncResource):
 
         Raises ConfigError for a bad configuration.
         """
+        server_name, others = with_server_name(server_name, options)
         name = f"dscache-{uuid.uuid4().hex[:12]}" if server_name is None else server_name
-        of_cache, of_node = split_options(options)
+        of_cache, of_node = split_options(others)
         node = MessageNode.from_config(
             source, server_name=name, credentials=credentials, on_gap=on_gap, **of_node
         )
@@ -161,6 +162,8 @@ class Peer(AsyncResource):
 
     def __getattr__(self, name: str) -> Any:
         if name in ("events", "records", "lists", "rpc", "presence"):
+            if self._is_closed:
+                raise failures.closed("peer")
             raise UsageError(f"peer.{name}: use async with peer, or await its when_ready()")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

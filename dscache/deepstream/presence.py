@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import msgspec
 
+from ..core.failures import closed
 from ..errors import UsageError, shorten
 from .arrivals import Arrivals
 from .cluster import ClusterMember
@@ -57,6 +58,7 @@ class Presence:
 
     def __init__(self, member: ClusterMember) -> None:
         self._member = member
+        self._is_closed = False
         # Weak references: an iterator that its consumer drops needs no more changes.
         self._changes: WeakSet[PresenceChanges] = WeakSet()
         member.users.changed.append(self._report)
@@ -67,6 +69,7 @@ class Presence:
         It waits until the other servers have told their users: at most a second after the peer was
         opened or connected again.
         """
+        self._check_open()
         await self._settle()
         return self._member.users.names()
 
@@ -75,6 +78,7 @@ class Presence:
 
         It waits as ``users`` does. Raises UsageError for a name that is no text.
         """
+        self._check_open()
         if not isinstance(user, str):
             raise UsageError(f"is_online: a user must be a text, not {shorten(user)}")
         await self._settle()
@@ -88,6 +92,7 @@ class Presence:
         iterator reports these too. A user who is logged in at several servers goes with the last
         one.
         """
+        self._check_open()
         opened = PresenceChanges(self._changes.discard)
         self._changes.add(opened)
         return opened
@@ -96,8 +101,13 @@ class Presence:
         for one in list(self._changes):
             one.put(user, is_online)
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise closed("peer")
+
     def close(self) -> None:
         """End all iterations."""
+        self._is_closed = True
         for one in list(self._changes):
             one.close()
 

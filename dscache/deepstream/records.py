@@ -28,7 +28,8 @@ from msgspec import UNSET, UnsetType
 from .. import _backend
 from .._seconds import whole_seconds
 from ..aio.background_task import BackgroundTask
-from ..core.changes import DELETE, KEEP, OMITTED
+from ..core.changes import DELETE, KEEP, OMITTED, check_change
+from ..core.failures import bad_names, check_iterable, closed, of_call
 from ..core.patches import patch_of
 from ..errors import (
     ConnectionLost,
@@ -97,6 +98,7 @@ class Records:
         self._crossed_added = asyncio.Event()
         self._unsubscribe: Callable[[], None] | None = None
         self._is_damage_logged = False
+        self._is_closed = False
         self._is_reconciling = reconcile
         self.written = self.deleted = self.told_late = self.reconciled = self.expired = 0
         self._tasks = [
@@ -114,6 +116,7 @@ class Records:
 
         The call raises the errors of ``AsyncCache.get``.
         """
+        self._check_open()
         return self._cache.get(name)
 
     async def set(self, name: str, data: Any, *, ttl: int | timedelta | None = None) -> Record:
@@ -127,14 +130,16 @@ class Records:
         sent later. Raises RecordError for a bad name or data. The call also raises the errors of
         ``AsyncCache.update``.
         """
+        self._check_open()
         text = _record_text(name, data)
         if self._settings.is_hot(name):
-            await self._guarded(name, self._cache.set(name, 0, msgspec.Raw(text), ttl=ttl))
+            setting = self._cache.set(name, 0, msgspec.Raw(text), ttl=ttl)
+            await self._guarded("set", name, setting)
             written: Record = _backend.core.Record(name, 0, text)
         else:
             raw = msgspec.Raw(text)
             updating = self._cache.update(name, lambda _: raw, default={}, ttl=ttl)
-            written = await self._guarded(name, updating)
+            written = await self._guarded("set", name, updating)
         self.written += 1
         await self._tell_written(written, ttl)
         return written
@@ -156,7 +161,18 @@ class Records:
         Raises UsageError under a prefix of ``record.storageHotPathPrefixes``, since version 0
         guards nothing. Raises RecordError if the new data is no object or array.
         """
-        self._check_guarded("update", name)
+        return await self._update("update", name, change, default, ttl)
+
+    async def _update(
+        self,
+        operation: str,
+        name: str,
+        change: Callable[[Any], Any],
+        default: Any,
+        ttl: int | timedelta | None,
+    ) -> Record | None:
+        self._check_guarded(operation, name)
+        check_change(operation, change)
         outcome: Any = KEEP
 
         def checked(result: Any) -> Any:
@@ -174,7 +190,7 @@ class Records:
             return awaited(result) if inspect.isawaitable(result) else checked(result)
 
         updating = self._cache.update(name, apply, default=default, ttl=ttl)
-        written: Record | None = await self._guarded(name, updating)
+        written: Record | None = await self._guarded(operation, name, updating)
         if outcome is DELETE:
             if written is None:
                 await self._tell_deleted(name)
@@ -210,9 +226,9 @@ class Records:
             unchanged = ttl is None and _backend.core.encode_data(name, after) == before
             return KEEP if unchanged else after
 
-        record = await self.update(name, change, default=default, ttl=ttl)
+        record = await self._update("patch", name, change, default, ttl)
         if record is None:  # a default that the patch has not changed is not written
-            record = await self.update(name, patched, default=default, ttl=ttl)
+            record = await self._update("patch", name, patched, default, ttl)
         assert record is not None
         return record
 
@@ -222,6 +238,7 @@ class Records:
         The subscribers are told in either case, as a client may hold open a record that is gone.
         The call raises the errors of ``AsyncCache.delete``.
         """
+        self._check_open()
         try:
             existed = await self._cache.delete(name)
         except (ConnectionLost, DeadlineExceeded):
@@ -236,7 +253,8 @@ class Records:
         This is for records that another program has written or deleted, or that have expired.
         Raises RecordError for a bad name. The call also raises the errors of ``MessageNode.send``.
         """
-        wanted = [names] if isinstance(names, str) else list(names)
+        self._check_open()
+        wanted = _listed("notify", names)
         for name in wanted:
             _backend.core.check_name(name)
         for start in range(0, len(wanted), _BATCH):
@@ -254,6 +272,7 @@ class Records:
         Raises UsageError for a bad argument. Beginning the iteration raises the errors of
         ``AsyncCache.watch``.
         """
+        self._check_open()
         check_pattern("changes", pattern)
         if not isinstance(max_pending, int) or isinstance(max_pending, bool) or max_pending < 1:
             raise UsageError(f"changes: max_pending must be at least 1, not {shorten(max_pending)}")
@@ -265,6 +284,7 @@ class Records:
     # -- writes
 
     def _check_guarded(self, operation: str, name: str) -> None:
+        self._check_open()
         if self._settings.is_hot(_backend.core.check_name(name)):
             raise UsageError(
                 f"{operation} {shorten(name)}: the name begins with a prefix of "
@@ -272,14 +292,20 @@ class Records:
                 "write the whole record by set"
             )
 
-    async def _guarded(self, name: str, writing: Awaitable[Any]) -> Any:
+    async def _guarded(self, operation: str, name: str, writing: Awaitable[Any]) -> Any:
         """Await a write; tell the servers later of a write that may have happened."""
         try:
             return await writing
-        except (ConnectionLost, DeadlineExceeded) as error:
-            if "may have happened" in str(error):
+        except DscacheError as error:
+            of_call(error, operation, name)
+            is_lost = isinstance(error, (ConnectionLost, DeadlineExceeded))
+            if is_lost and "may have happened" in str(error):
                 self._tell_later(name)
             raise
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise closed("peer")
 
     # -- telling
 
@@ -489,6 +515,7 @@ class Records:
                     len(names),
                     shorten(names),
                 )
+        self._is_closed = True
 
     def stats(self) -> dict[str, int]:
         """Return the counts of records."""
@@ -500,6 +527,19 @@ class Records:
             "records_untold": len(self._untold),
             "records_reconciled": self.reconciled,
         }
+
+
+def _listed(operation: str, names: Any) -> list[str]:
+    """Return names as a list; raises RecordError for no names."""
+    if isinstance(names, str):
+        return [names]
+    if isinstance(names, bytes):
+        raise bad_names(operation, names)
+    try:
+        return list(names)
+    except TypeError as error:
+        check_iterable(operation, names, error)
+        raise
 
 
 def _record_text(name: str, data: Any) -> bytes:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from ..core.failures import closed
 from ..errors import DscacheError, MessageError, RPCError, RPCTimeout, UsageError, shorten
 from ..pubsub.encoding import decode_text, encode_text
 from .cluster import ClusterMember
@@ -89,6 +90,7 @@ class RPCs:
         self._requests: dict[str, _Request] = {}
         self._tasks: set[asyncio.Future[Any]] = set()
         self._is_damage_logged = False
+        self._is_closed = False
         self.made = self.served = self.rejected = self.failed = self.late = 0
         self._unsubscribe = node.subscribe(Topic.RPC, self._on_message)
 
@@ -111,6 +113,7 @@ class RPCs:
 
         Raises UsageError for a bad argument, or if this peer provides that RPC already.
         """
+        self._check_open()
         _check_name("provide", name)
         if not callable(handler):
             raise UsageError(f"provide: handler must be callable, not {shorten(handler)}")
@@ -266,6 +269,7 @@ class RPCs:
         CLOSED if the peer is closed. Raises UsageError for a bad name or timeout, and MessageError
         for data that can't be encoded.
         """
+        self._check_open()
         _check_name("make", name)
         text = encode_text("the data of the RPC", data)
         seconds = self._settings.response_timeout if timeout is None else timeout
@@ -407,8 +411,13 @@ class RPCs:
         else:
             self._on_answer(received)
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise closed("peer")
+
     async def close(self) -> None:
         """End all providers and requests."""
+        self._is_closed = True
         self._unsubscribe()
         for name in list(self._providers):
             del self._providers[name]

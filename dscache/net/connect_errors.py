@@ -27,6 +27,9 @@ _LASTING: Final = ("DENIED", "NOAUTH", "NOPERM", "WRONGPASS")
 # nothing: it closes the connection, or waits for more.
 IF_TLS: Final = "; if it speaks TLS on this port, use rediss:// or tls: true"
 IF_PLAIN: Final = "; if it speaks no TLS on this port, use redis:// or leave tls out"
+_LESS_DB: Final = (
+    "; choose a smaller db, or raise the server's number of databases, which is 16 by default"
+)
 # OpenSSL's names for bytes that are no TLS.
 _NO_TLS: Final = (
     "HTTP_REQUEST",
@@ -57,11 +60,14 @@ def end_of_handshake(replies: Iterable[Any], reason: Exception) -> Exception:
     return TurnedAway(said[-1].message) if said else reason
 
 
-def as_connect_error(error: Exception, connect_timeout: int, tried: str = "") -> Exception:
+def as_connect_error(
+    error: Exception, connect_timeout: int, tried: str = "", *, in_tls: bool = False
+) -> Exception:
     """Return the error that callers see for a failed attempt to connect.
 
     Errors of this package stay as they are; all others become a ConnectError. ``connect_timeout``
-    is in milliseconds; ``tried`` states the addresses that were tried in vain, if several.
+    is in milliseconds; ``tried`` states the addresses that were tried in vain, if several. With
+    ``in_tls``, the attempt has come to the TLS handshake.
     """
     if isinstance(error, DscacheError):
         return error
@@ -69,6 +75,8 @@ def as_connect_error(error: Exception, connect_timeout: int, tried: str = "") ->
         return ConnectError(clean(error.strerror or ""))
     if isinstance(error, TimeoutError):
         tried = tried and f" ({tried})"
+        if in_tls:
+            tried += IF_PLAIN
         return ConnectError(f"no answer within {connect_timeout} ms{tried}")
     if isinstance(error, ssl.SSLCertVerificationError):
         return ConnectError(f"the server's certificate is refused: {error.verify_message}")
@@ -110,7 +118,8 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
     """
     if isinstance(error, ReplyError) and not _may_pass(error):
         message = error.message
-        return lambda operation: ReplyError(message, context=f"{operation} at {address}")
+        remedy = _LESS_DB if "DB index" in message else ""
+        return lambda operation: ReplyError(message, context=f"{operation} at {address}{remedy}")
     if isinstance(error, UnsuitableConfig):
         return lambda operation: ConfigError(f"{operation} at {address}: {shown}")
     if isinstance(error, UnsuitableServer):

@@ -14,7 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
 from ..config import Options
-from ..errors import ConnectError, DscacheError, ReplyError, clean
+from ..errors import ConfigError, ConnectError, DscacheError, ReplyError, clean
 from .foreign_errors import is_of_handler
 
 if TYPE_CHECKING:
@@ -284,6 +284,25 @@ class Tokens:
 def login_of(options: Options) -> Login:
     """Return the username and password of the options."""
     return options.username, hidden(options.password)
+
+
+def check_provider(provider: object) -> None:
+    """Raise ConfigError for credentials that are no provider. It may be a password: not shown."""
+    if provider is None:
+        return
+    if isinstance(provider, type) and hasattr(provider, "get_credentials"):
+        raise ConfigError(
+            f"credentials must be a redis.CredentialProvider, not the class {provider.__name__}; "
+            f"write {provider.__name__}(...)"
+        )
+    if not callable(getattr(provider, "get_credentials", None)):
+        remedy = "a fixed login is username=... and password=..."
+        if isinstance(provider, int):
+            remedy = "a port is part of the source, as in localhost:6379"
+        raise ConfigError(
+            f"credentials must be a redis.CredentialProvider, not {type(provider).__name__}; "
+            f"{remedy}"
+        )
 
 
 def provider_failed(error: Exception) -> ConnectError:

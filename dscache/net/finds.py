@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Generic, TypeVar, cast
 
 from ..core import typed
-from ..core.failures import check_prefix
+from ..core.failures import check_prefix, of_call
 from ..core.holder import Holder, Place
 from ..core.keys import names_with
 from ..errors import BulkError, UsageError, shorten
@@ -95,11 +95,13 @@ class Finds(Generic[Item]):
         self, names: list[str], found: Mapping[str, Any], error: BulkError | None = None
     ) -> None:
         """Add the records with these names that were read, and the error of the others."""
+        if error is not None:
+            of_call(error, "scan")
         records = found
         if self._type is not None:
             try:
                 errors = {} if error is None else error.errors
-                records = typed.all_with_type(found, errors, self._type)
+                records = typed.all_with_type(found, errors, self._type, "scan")
             except BulkError as misfits:
                 records, error = misfits.result, misfits
         self.ready.extend(cast("Iterable[Item]", records.values()))

@@ -103,7 +103,7 @@ def read_view(slots: object, info: object, asked: Address, source: str, node_id:
     if isinstance(slots, ReplyError):
         if has_no_cluster(slots):
             raise ConfigError(
-                f"{source}: cache.options.nodes: {join_address(*asked)} is no node of a "
+                f"{source}: nodes: {join_address(*asked)} is no node of a "
                 f'cluster (it says "{slots.message}"); give host and port instead of nodes'
             )
         raise slots

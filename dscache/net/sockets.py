@@ -140,6 +140,8 @@ class SocketConnect:
         self._is_shut = False
         self._useless = useless or UselessAddresses()
         self._used: Found | None = None
+        self.in_tls = False
+        """Whether a TLS handshake is under way."""
 
     @property
     def sock(self) -> socket.socket:
@@ -263,6 +265,7 @@ class SocketConnect:
 
     def secure(self, context: ssl.SSLContext, server_hostname: str) -> Steps:
         """Do the TLS handshake over the connected socket. Raises SSLError or OSError."""
+        self.in_tls = True
         with tls_handshake():
             with _making:
                 self._sock = secure = context.wrap_socket(
@@ -271,6 +274,7 @@ class SocketConnect:
             while True:
                 try:
                     secure.do_handshake()
+                    self.in_tls = False
                     return
                 except ssl.SSLWantReadError:
                     yield select.POLLIN

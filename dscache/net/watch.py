@@ -141,7 +141,8 @@ class Changes:
         self._names: dict[str, None] = {}
         self._taken: list[str] = []
         self._events: deque[Change] = deque()
-        self._lost: set[str] = set()
+        # The servers that report no changes, each with the reason.
+        self._lost: dict[str, str] = {}
 
     # -- from the servers
 
@@ -190,14 +191,14 @@ class Changes:
         """Note that a server reports no changes, unless that is noted already."""
         with self._lock:
             if node not in self._lost:
-                self._lost.add(node)
+                self._lost[node] = reason
                 self._add_event(self._kind(GAP, node=node, reason=reason))
 
     def resume(self, node: str) -> None:
         """Note that a server reports changes, after it was lost."""
         with self._lock:
             if node in self._lost:
-                self._lost.discard(node)
+                del self._lost[node]
                 self._add_event(self._kind(RESUMED, node=node))
 
     def leave(self, node: str, reason: str) -> None:
@@ -209,11 +210,14 @@ class Changes:
 
     def _add_event(self, event: Change) -> None:
         with self._lock:
-            if len(self._events) >= _MOST_EVENTS:
-                self._events.clear()
-                self._events.append(self._kind(GAP, reason=f"{_MOST_EVENTS} events were pending"))
-                event = self._kind(RESUMED)
-            self._events.append(event)
+            if len(self._events) < _MOST_EVENTS:
+                self._events.append(event)
+            else:
+                kind = self._kind
+                dropped = kind(GAP, reason=f"{_MOST_EVENTS} events were pending")
+                # The gaps that have not ended are told again behind it.
+                gaps = [kind(GAP, node=node, reason=why) for node, why in self._lost.items()]
+                self._events = deque([dropped, kind(RESUMED), *gaps])
         self._on_news()
 
     # -- to the caller

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 from ..aio.connection import Connection, NodeListener
+from ..aio.endpoint import Endpoint
 from ..config import Options
 from ..config.messages import MessageConfig
 from ..errors import DscacheError
@@ -55,8 +56,10 @@ class PairTransport(NodeListener):
             # The options of every node; AnyNode replaces the address.
             options = options.for_node(first.host, first.port, first)
         self._sender = Connection(options, credentials, endpoint=nodes[0], owner="a MessageNode")
+        # By itself a Connection with a ``cluster`` takes its server for a node of one.
+        endpoint = nodes[1] or Endpoint(options, credentials)
         self._receiver = Connection(
-            options, credentials, cluster=self, endpoint=nodes[1], inbox=dispatcher
+            options, credentials, cluster=self, endpoint=endpoint, inbox=dispatcher
         )
         self._sender.share_tokens(self._receiver)
         self._listener = Listener(

@@ -24,12 +24,8 @@ async def main(name: str, json: str | None = None) -> None:
                 data = msgspec.json.decode(json)
             except msgspec.DecodeError as error:
                 sys.exit(f"{json} is not JSON: {error}")
-            version = await cache.head(name)
-            # if_newer keeps the version that deepstream may have written in between.
-            if not await cache.set(
-                name, 1 if version is None else version + 1, data, if_newer=True
-            ):
-                sys.exit(f"{name} has changed in the meantime: read it, and try again")
+            # It gets the version after the one that deepstream wrote last.
+            await cache.update(name, lambda _: data, default=None)
         record = await cache.get(name)
         print(name, record and f"{record.version} {record.raw.decode()}")
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
 import redis as redis_py
 
 import dscache
+from tests.api.test_watch import Mirror, assert_equal_at_the_end, write_at_random
 from tests.conftest import BINARIES, PATIENT
 from tests.soak import cluster_rows
 from tests.soak.cluster_rows import CURIOUS, prefix_on, slot_of
 from tests.soak.figures import Figures
 from tests.support.blocking import ThreadedCache, until
 from tests.support.clusters import ClusterGroup
+from tests.support.either import Either
 from tests.support.near_truth import Readers, Truth, assert_serves, has_last
 
 # A record that moved is outdated until the move is known, which a busy machine delays.
@@ -146,3 +149,60 @@ def test_a_near_cache_serves_nothing_outdated(
         assert cache.stats()["near_cache"]["hits"] > len(names)
     assert readers.reads > len(names)
     assert not readers.errors
+
+
+# -- watches and scans
+
+
+@asynccontextmanager
+async def while_slots_move(group: ClusterGroup) -> AsyncIterator[None]:
+    """Move slots between random primaries, each time in one step, and at least three times."""
+    ended = threading.Event()
+    rng = random.Random(1)
+
+    def move() -> None:
+        times = 0
+        while times < ROUNDS or not ended.is_set():
+            source, target = rng.sample(group.primaries(), 2)
+            slots = group.slots_of(source)
+            if len(slots) > 1000:
+                first = rng.randrange(len(slots) - 500)
+                group.migrate_atomically(slots[first : first + 500], source, target)
+                times += 1
+
+    moves = asyncio.ensure_future(asyncio.to_thread(move))
+    try:
+        yield
+    finally:
+        ended.set()
+        await moves
+
+
+@pytest.mark.parametrize("kind", ["AsyncCache", "Cache"])
+async def test_a_mirror_kept_from_a_watch_misses_nothing(
+    moving: ClusterGroup, backend: str, kind: str
+) -> None:
+    async with Either(kind, **moving.options) as cache:
+        mirror = Mirror(cache, "n/")
+        async with mirror.kept():
+            async with while_slots_move(moving):
+                await asyncio.gather(*(write_at_random(cache, "n/", 3000, one) for one in range(2)))
+            await assert_equal_at_the_end(mirror, cache, "n/")
+        assert mirror.kinds == []
+
+
+@pytest.mark.parametrize("kind", ["AsyncCache", "Cache"])
+async def test_a_scan_finds_every_name(moving: ClusterGroup, backend: str, kind: str) -> None:
+    names = [f"n/{number}" for number in range(4000)]
+    async with Either(kind, **moving.options) as cache:
+        for first in range(0, len(names), 500):
+            await cache.do("set_bulk", {one: (1, {}) for one in names[first : first + 500]})
+        async with while_slots_move(moving):
+            for _ in range(3):
+                assert {*await cache.all("n/", count=50)} == {*names}
+        scan = cache.cache.scan("n/", count=50)
+        found = [await cache.next(scan) for _ in range(1000)]
+        async with while_slots_move(moving):
+            pass
+        found += await cache.all("n/", cursor=scan.cursor)
+        assert {*found} == {*names}

@@ -16,6 +16,8 @@ import pytest
 import redis as redis_py
 
 import dscache
+from dscache.aio import changes as changes_of_tasks
+from dscache.blocking import changes as changes_of_threads
 from dscache.core.changes import Timing
 from dscache.core.holder import Holder
 from dscache.embedded import EmbeddedServer
@@ -183,6 +185,14 @@ async def test_another_writer_is_first(
         assert tuple(await cache.update("a", change)) == (31, 103)
         assert seen == [0, 1, 2, 3]
         assert cache.stats()["not_newer"] == 3
+
+
+@pytest.mark.parametrize("module", [changes_of_tasks, changes_of_threads])
+def test_pauses_have_full_jitter(module: Any) -> None:
+    for conflicts, longest in ((0, 0.001), (3, 0.008), (20, 0.064)):
+        pauses = [module._pause_after(conflicts) for _ in range(500)]
+        assert 0 <= min(pauses) < longest / 4
+        assert longest * 3 / 4 < max(pauses) <= longest
 
 
 @ON_ONE_SERVER

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import decimal
+import math
 import os
 import subprocess
 import sys
@@ -341,6 +342,19 @@ def test_a_timeout_that_is_over_keeps_nothing(cache: RecordCache, timeout: float
     assert cache.get_many(["key", "other"]) == {}
 
 
+@pytest.mark.parametrize("timeout", [math.inf, -math.inf, math.nan, "60"], ids=str)
+def test_a_timeout_that_is_none(cache: RecordCache, timeout: Any) -> None:
+    cache.set("key", 1)
+    said = f"timeout must be a number of seconds, or None for ever, not {timeout!r}"
+    for call in (cache.set, cache.add):
+        with pytest.raises(dscache.RecordError) as caught:
+            call("key", 2, timeout)
+        assert str(caught.value) == said
+    with pytest.raises(dscache.RecordError):
+        cache.touch("key", timeout)
+    assert cache.get("key") == 1
+
+
 def test_increments_keep_the_timeout(make: Make, redis: redis_py.Redis) -> None:
     """Or a limit of requests an hour, counted by ``add`` and ``incr``, would never end."""
     cache = make()
@@ -569,6 +583,8 @@ def test_by_settings_and_a_file(server: EmbeddedServer, make: Make, tmp_path: Pa
     [
         ("redis.example", {}, "CACHES: redis.example: a configuration is a file"),
         (["redis://a", "redis://b"], {}, "CACHES: LOCATION must be a URL, a path or a mapping"),
+        (None, {}, "not None; is the variable set that it comes from?"),
+        ("redis://localhost", {"credentials": "secret"}, "CACHES: credentials must be a redis."),
         ("redis://localhost", {"nearCach": 1}, 'did you mean "nearCache"'),
         ("redis://localhost", {"ttl": 1}, "CACHES: OPTIONS has ttl; set TIMEOUT"),
         ("redis://localhost", {"SERIALIZER": "jsn"}, 'SERIALIZER must be "json", "pickle"'),

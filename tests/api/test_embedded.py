@@ -253,6 +253,39 @@ def test_a_port_that_stays_taken_is_an_error(
             EmbeddedServer(binary).start()
 
 
+def test_a_chosen_port_that_is_taken_is_tried_once(
+    binary: ServerBinary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    spawn = EmbeddedServer._spawn
+    monkeypatch.setattr(
+        EmbeddedServer, "_spawn", lambda self: (started.append(self.port), spawn(self))
+    )
+    with EmbeddedServer(binary) as owner:
+        started.clear()
+        with pytest.raises(DscacheError, match=f"port {owner.port} of 127.0.0.1, which is in use"):
+            EmbeddedServer(binary, port=owner.port).start()
+        assert started == [owner.port]
+
+
+def test_a_former_port_that_is_taken_is_tried_again(
+    binary: ServerBinary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EmbeddedServer(binary) as server:
+        server.stop()
+        taker = EmbeddedServer(binary, port=server.port)
+        taker.start()
+
+        def sleep(seconds: float) -> None:
+            if seconds > 0.1:  # it waits for the port
+                taker.close()
+
+        monkeypatch.setattr(embedded.time, "sleep", sleep)
+        server.start()
+        with client(server) as connection:
+            assert connection.info("server")["process_id"] == server.pid
+
+
 def test_tls_works_exactly_where_it_was_detected(
     binary: ServerBinary, certificates: TLSFiles
 ) -> None:
@@ -398,9 +431,15 @@ def test_on_the_command_line_at_a_taken_port() -> None:
             f"dscache: {FOUND[0].name} can't listen on port {server.port} of 127.0.0.1, which is "
             "in use; choose another port, or 0 for any that is free\n"
         )
-    with command_line("--port", "70000") as (process, line):
-        pass
+
+
+@pytest.mark.parametrize("port", ["70000", "-1", "redis"])
+def test_on_the_command_line_at_no_port(port: str) -> None:
+    with command_line("--port", port) as (process, _):
+        assert process.stdout is not None
+        said = process.stdout.read()
     assert process.returncode == 2
+    assert f"it must be a whole number from 0 to 65535, not '{port}'" in said
 
 
 def test_on_the_command_line_without_usable_output() -> None:
@@ -413,7 +452,8 @@ def test_on_the_command_line_without_usable_output() -> None:
             timeout=60,
             check=False,
         )
-        reason = "No space left on device" if where == "/dev/full" else "it is closed"
+        full = "No space left on device; make room, or write elsewhere"
+        reason = full if where == "/dev/full" else "it is closed"
         assert done.stderr == f"dscache: standard output can't be written: {reason}\n"
         assert done.returncode == 1
 

@@ -346,7 +346,7 @@ async def test_an_async_load_is_refused_by_a_cache_at_once(
             cache.fetch_bulk(["n"], load, ttl=9)
         with pytest.raises(LoadError) as caught:
             cache.fetch("x", lambda name: load(name), ttl=9)
-        assert type(caught.value.__cause__) is TypeError
+        assert isinstance(caught.value.__cause__, TypeError)
 
 
 @PLACES

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from itertools import permutations
 from typing import Any
 
 import pytest
 import redis as redis_py
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import dscache
 from dscache.embedded import EmbeddedServer
-from tests.conftest import SERVERS, MakeCache, _server_id
+from tests.conftest import SERVERS, MakeCache, MakeServer, _server_id
+from tests.support import three_clients
 from tests.support.blocking import BlockingCache
 from tests.support.clusters import ClusterGroup
 from tests.support.faults import FaultProxy
-from tests.support.wire import ModelRecords, Operation, plain
+from tests.support.wire import plain
 
 PATIENT = {"connectTimeout": 600_000, "commandTimeout": 600_000}
 PATIENCE = 60
@@ -167,7 +164,7 @@ async def test_a_near_cache_shows_own_writes_and_no_refused_ones(server: Embedde
         assert await cache.get("near") is None
 
 
-async def test_on_a_cluster(group: ClusterGroup, cache_class: Any) -> None:
+async def test_on_a_cluster(group: ClusterGroup, backend: str, cache_class: Any) -> None:
     names = [f"record/{n}" for n in range(100)]
     config = {"name": "redis", "options": group.options}
     async with cache_class.from_config(config) as cache:
@@ -179,6 +176,27 @@ async def test_on_a_cluster(group: ClusterGroup, cache_class: Any) -> None:
         assert await cache.delete_bulk(names, if_version=dict.fromkeys(names, 2)) == 50
         assert await cache.delete(names[1], if_version=1) is True
         assert len(await cache.head_bulk(names)) == 49
+
+
+async def test_a_record_on_two_nodes_of_a_cluster(
+    group: ClusterGroup, backend: str, cache_class: Any
+) -> None:
+    config = {"name": "redis", "options": {**group.options, "keyLayout": "deepstream"}}
+    async with cache_class.from_config(config) as cache:
+        await cache.set("a", 1, "old")
+        for call in (
+            lambda: cache.set("a", 2, "new", if_version=1),
+            lambda: cache.set("b", 1, "new", if_version=None),
+            lambda: cache.delete("a", if_version=1),
+            lambda: cache.set_bulk({"a": (2, "new")}, if_version={"a": 1}),
+            lambda: cache.delete_bulk(["a"], if_version={"a": 1}),
+        ):
+            with pytest.raises(dscache.RecordError, match="neither if_newer nor if_version"):
+                await call()
+        assert plain(await cache.get("a")) == (1, "old")
+        assert await cache.get("b") is None
+        assert await cache.set("{t}a", 1, "new", if_version=None) is True
+        assert await cache.delete("{t}a", if_version=1) is True
 
 
 @on_one_server
@@ -238,6 +256,7 @@ async def test_a_blocking_connection_cut_anywhere(
             found = await asyncio.to_thread(issue)
         proxy.heal()
         outcomes += found
+        assert found[0] is True
         _check_outcomes(redis, found)
     await asyncio.to_thread(cache.close)
     assert any(isinstance(outcome, dscache.ConnectionLost) for outcome in outcomes)
@@ -266,67 +285,8 @@ def _check_outcomes(redis: redis_py.Redis, found: list[Any]) -> None:
     assert redis.get("other_v") == b"5"
 
 
-# -- three clients at once, against every order in which one server may have done their operations
-
-VERSIONS = st.integers(0, 3)
-NAMES = st.sampled_from(["a", "b"])
-
-
-def _operations() -> st.SearchStrategy[Operation]:
-    condition = st.one_of(
-        st.just({}),
-        st.just({"if_newer": True}),
-        st.fixed_dictionaries({"if_version": st.one_of(st.none(), VERSIONS)}),
-        st.fixed_dictionaries({"if_version": VERSIONS, "ttl": st.just(1000)}),
-    )
-    data = st.integers(0, 10**6)
-    sets = st.builds(
-        lambda name, version, data, how: Operation("set", name, (version, data), how),
-        *(NAMES, VERSIONS, data, condition),
-    )
-    removals = st.builds(
-        lambda name, version: Operation("delete", name, (), {"if_version": version}),
-        *(NAMES, VERSIONS),
-    )
-    return st.one_of(sets, sets, removals, st.builds(Operation, st.just("get"), NAMES))
-
-
 @on_one_server
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(rounds=st.lists(st.lists(_operations(), min_size=3, max_size=3), max_size=12))
-def test_three_clients(server: EmbeddedServer, rounds: list[list[Operation]]) -> None:
-    asyncio.run(_check_three_clients(server, rounds))
-
-
-async def _check_three_clients(server: EmbeddedServer, rounds: list[list[Operation]]) -> None:
-    config = {"name": "redis", "options": {"host": server.host, "port": server.port}}
-    async with (
-        dscache.AsyncCache.from_config(config) as first,
-        dscache.AsyncCache.from_config(config) as second,
-        dscache.AsyncCache.from_config(config) as third,
-    ):
-        clients = (first, second, third)
-        await first.delete_bulk(["a", "b"])
-        known: dict[str, Any] = {}
-        for operations in rounds:
-            issued: list[Awaitable[Any]] = [
-                one.on(client) for one, client in zip(operations, clients, strict=True)
-            ]
-            results = [plain(result) for result in await asyncio.gather(*issued)]
-            stored = plain(await first.get_bulk(["a", "b"]))
-            assert any(
-                _explains(order, operations, results, known, stored)
-                for order in permutations(range(3))
-            ), (known, [*map(str, operations)], results, stored)
-            known = stored
-
-
-def _explains(
-    order: tuple[int, ...], operations: list[Operation], results: list[Any], known: Any, stored: Any
-) -> bool:
-    """Return whether the operations, done in this order, give these results and records."""
-    oracle = ModelRecords()
-    oracle.records = dict(known)
-    return all(operations[i].on(oracle) == results[i] for i in order) and oracle.records == stored
+def test_three_clients(make_server: MakeServer, backend: str) -> None:
+    """With ``if_newer``, updates, lifetimes and lost connections."""
+    server = make_server()
+    assert three_clients.check(server.host, server.port, examples=60) > 0

@@ -138,7 +138,7 @@ async def test_others_are_refused_in_the_words_for_ints(
         for call in calls:
             with pytest.raises(dscache.RecordError) as caught:
                 await cache.do(*call, ttl=ttl)
-            begin = "fetch" if call[0].startswith("fetch") else "record 'n'"
+            begin = call[0] if call[0].startswith("fetch") else "record 'n'"
             zero = "" if ttl else "; write 0 for no lifetime"
             assert str(caught.value) == (
                 f"{begin}: ttl must be whole seconds from 1 to 10000000000, 0 for none or None for "

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ import redis as redis_py
 
 import dscache
 from dscache.embedded import EmbeddedServer
-from tests.conftest import BY_AGE, SERVERS, MakeCache, _server_id
+from tests.conftest import BY_AGE, SERVERS, _server_id
 from tests.support.either import Either
+from tests.support.near_truth import counters
 from tests.support.sentinels import SentinelGroup
 from tests.support.waiting import PATIENCE, until
 
@@ -130,94 +130,127 @@ async def test_if_version_over_a_failover(
 
 
 @pytest.fixture
-async def near(make_cache: MakeCache) -> dscache.AsyncCache:
-    return await make_cache(**NEAR)
+async def near(
+    kind: str, server: EmbeddedServer, backend: str, redis: redis_py.Redis
+) -> AsyncIterator[Either]:
+    async with Either(kind, url=server.url, **NEAR) as cache:
+        yield cache
 
 
-def hits_of(cache: dscache.AsyncCache) -> int:
-    hits: int = cache.stats()["near_cache"]["hits"]
+def hits_of(cache: Either) -> int:
+    hits: int = counters(cache.cache)["hits"]
     return hits
 
 
+async def ready_to_serve(cache: Either, name: str) -> dscache.Record:
+    """Return a record that the near cache serves; it keeps none while an invalidation is due."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            hits = hits_of(cache)
+            record: dscache.Record = await cache.do("get", name)
+            if hits_of(cache) > hits:
+                return record
+
+
 @ON_NEWEST
-async def test_own_writes_of_each_kind_are_seen_at_once(near: dscache.AsyncCache) -> None:
+async def test_own_writes_of_each_kind_are_seen_at_once(near: Either) -> None:
     async def seen() -> Any:
-        record = await near.get("n")
+        record = await near.do("get", "n")
         return record and (record.version, record.data)
 
-    await near.set("n", 1, {"a": 1})
+    await near.do("set", "n", 1, {"a": 1})
     assert await seen() == (1, {"a": 1})
-    assert await near.set("n", 2, {"a": 2}, if_version=1)
+    assert await near.do("set", "n", 2, {"a": 2}, if_version=1)
     assert await seen() == (2, {"a": 2})
-    await near.update("n", lambda data: {"a": 3})
+    await near.do("update", "n", lambda data: {"a": 3})
     assert await seen() == (3, {"a": 3})
-    await near.patch("n", {"b": 4})
+    await near.do("patch", "n", {"b": 4})
     assert await seen() == (4, {"a": 3, "b": 4})
-    assert await near.delete("n", if_version=4)
+    assert await near.do("delete", "n", if_version=4)
     assert await seen() is None
-    await near.fetch("n", lambda _: dscache.Loaded(5, "loaded"), ttl=60)
+    assert await near.do("set_bulk", {"n": (1, "bulk")}, if_version={"n": None}) == set()
+    assert await seen() == (1, "bulk")
+    assert await near.do("delete_bulk", ["n"], if_version={"n": 1}) == 1
+    assert await seen() is None
+    await near.do("fetch", "n", lambda _: dscache.Loaded(5, "loaded"), ttl=60)
     assert await seen() == (5, "loaded")
-    await near.fetch("n", lambda _: dscache.Loaded(6, "anew"), ttl=60, refresh_after=30)
-    await until(lambda: not near._loads._tasks)
+    load = {"ttl": 60, "refresh_after": 30}
+    await near.do("fetch", "n", lambda _: dscache.Loaded(6, "anew"), **load)
+    if near.kind == "AsyncCache":
+        await until(lambda: not near.cache._loads._tasks)
     assert await seen() == (6, "anew")
-    await near.update("n", lambda _: dscache.DELETE)
+    await near.do("update", "n", lambda _: dscache.DELETE)
     assert await seen() is None
+    await near.do("fetch_bulk", ["n"], lambda _: {"n": dscache.Loaded(7, "bulk")}, ttl=60)
+    assert await seen() == (7, "bulk")
 
 
 @ON_NEWEST
 async def test_if_version_on_what_the_near_cache_served(
-    near: dscache.AsyncCache, make_cache: MakeCache
+    near: Either, redis: redis_py.Redis
 ) -> None:
-    other = await make_cache()
-    await other.set("n", 1, "first")
-    assert await near.get("n") is not None
-    hits = hits_of(near)
-    served = await near.get("n")
-    assert hits_of(near) == hits + 1
-    assert served is not None
-    assert await near.set("n", 2, "second", if_version=served.version)
-    assert await near.get("n") is not None
-    served = await near.get("n")
-    assert served is not None
+    redis.mset({"n_v": 1, "n_d": '"first"'})
+    served = await ready_to_serve(near, "n")
+    assert await near.do("set", "n", 2, "second", if_version=served.version)
+    served = await ready_to_serve(near, "n")
     # Another writer is first, and the copy doesn't count.
-    await other.set("n", 3, "of the other")
-    assert await near.set("n", 3, "mine", if_version=served.version) is False
-    record = await near.get("n")
-    assert record is not None
-    assert (record.version, record.data) == (3, "of the other")
+    redis.mset({"n_v": 3, "n_d": '"of the other"'})
+    assert await near.do("set", "n", 3, "mine", if_version=served.version) is False
+    assert tuple(await near.do("get", "n")) == (3, "of the other")
+    served = await ready_to_serve(near, "n")
+    redis.mset({"n_v": 4, "n_d": '"of the other"'})
+    assert await near.do("delete", "n", if_version=served.version) is False
+    assert (await near.do("get", "n")).version == 4
+
+
+@ON_NEWEST
+async def test_updates_read_past_the_near_cache(near: Either, redis: redis_py.Redis) -> None:
+    assert await near.do("get", "missing") is None
+    redis.mset({"n_v": 1, "n_d": "1"})
+    await ready_to_serve(near, "n")
+    redis.mset({"n_v": 70, "n_d": "7", "missing_v": 4, "missing_d": "5"})
+    assert tuple(await near.do("update", "n", lambda data: dscache.KEEP)) == (70, 7)
+    assert tuple(await near.do("update", "missing", lambda data: data + 1)) == (5, 6)
+    redis.mset({"n_v": 80, "n_d": "{}"})
+    assert tuple(await near.do("patch", "n", {})) == (80, {})
 
 
 @ON_NEWEST
 @pytest.mark.parametrize("refresh_after", [None, 600])
 async def test_fetch_is_served_by_the_near_cache(
-    near: dscache.AsyncCache, redis: redis_py.Redis, refresh_after: int | None
+    near: Either, redis: redis_py.Redis, refresh_after: int | None
 ) -> None:
     options: dict[str, Any] = {"ttl": 3600, "refresh_after": refresh_after}
-    first = await near.fetch("n", lambda _: {"a": 1}, **options)
-    await near.get("n")
-    hits, sent = hits_of(near), near.stats()["commands"]
+    first = await near.do("fetch", "n", lambda _: {"a": 1}, **options)
+    assert await ready_to_serve(near, "n") == first
+    hits, sent = hits_of(near), near.cache.stats()["commands"]
     for _ in range(50):
-        assert await near.fetch("n", len, **options) == first
+        assert await near.do("fetch", "n", len, **options) == first
     assert hits_of(near) == hits + 50
-    assert near.stats()["commands"] == sent
+    assert near.cache.stats()["commands"] == sent
     redis.mset({"n_v": 10**15, "n_d": '"of another program"'})
-    deadline = time.monotonic() + PATIENCE
-    while (record := await near.fetch("n", len, **options)) == first:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.001)
-    assert record is not None
+    async with asyncio.timeout(PATIENCE):
+        while (record := await near.do("fetch", "n", len, **options)) == first:
+            await asyncio.sleep(0.001)
     assert record.data == "of another program"
 
 
 @ON_NEWEST
 async def test_scans_and_watches_read_past_the_near_cache(
-    near: dscache.AsyncCache, redis: redis_py.Redis
+    near: Either, redis: redis_py.Redis
 ) -> None:
-    await near.set("n", 1, "first")
-    await near.get("n")
-    async with near.watch(records=True) as changes, asyncio.timeout(PATIENCE):
+    await near.do("set", "n", 1, "first")
+    await ready_to_serve(near, "n")
+    watch = near.cache.watch(records=True)
+    if near.kind == "AsyncCache":
+        await watch.__aenter__()
+    else:
+        await asyncio.to_thread(watch.__enter__)
+    try:
         redis.mset({"n_v": 2, "n_d": '"second"'})
-        change = await anext(changes)
-        assert change.record is not None
+        async with asyncio.timeout(PATIENCE):
+            change = await near.next(watch)
         assert (change.version, change.record.data) == (2, "second")
-        assert [one.version async for one in near.scan(records=True)] == [2]
+        assert [one.version for one in await near.all(records=True)] == [2]
+    finally:
+        await watch.close() if near.kind == "AsyncCache" else await asyncio.to_thread(watch.close)

@@ -34,8 +34,7 @@ MISFIT = r"Expected `str`, got `int` - at `\$\.name`"
 
 
 PLACES = [
-    *(("AsyncCache", place) for place in ("redis", "memory", "near")),
-    *(("Cache", place) for place in ("redis", "memory")),
+    (kind, place) for kind in ("AsyncCache", "Cache") for place in ("redis", "memory", "near")
 ]
 
 

@@ -176,7 +176,10 @@ async def test_kinds_of_changes(
         assert (record.version, record.data) == (7, [1])
         redis.delete("a_v")
         assert (await until_change(cache, watch, kind="deleted")).name == "a"
-        redis.set("a_v", "x")
+        await cache.do("set", "a", 8, [2], ttl=1)
+        assert (await until_change(cache, watch, kind="changed")).version == 8
+        assert (await until_change(cache, watch, kind="deleted")).name == "a"
+        redis.mset({"a_v": "x", "a_d": "[1]"})
         damaged = await until_change(cache, watch, kind="damaged")
         assert (damaged.name, damaged.version) == ("a", None)
         assert "its stored version is no integer" in damaged.reason

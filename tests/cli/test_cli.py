@@ -413,13 +413,14 @@ def test_no_node_is_reachable(folder: Path) -> None:
     ("words", "error"),
     [
         (("--url", "h"), "--url: must begin with redis://, rediss:// or unix://, or be host:port"),
-        (("--url", "h.yml"), "--url: must begin with redis://, rediss:// or unix://, or be"),
-        (("--url", "http://h:1"), "URL: must begin with redis://, rediss:// or unix://, not http"),
+        (
+            ("--url", "http://h:1"),
+            "--url: must begin with redis://, rediss:// or unix://, not",
+        ),
         (("--url", f"{NOBODY}?"), "--url: must begin with redis://, rediss:// or unix://"),
         (("--url", f"redis://{NOBODY}/3"), f"redis://{NOBODY}/3: a cluster has database 0 alone"),
         (("--url", "unix:///s"), "unix:///s: a cluster has no socket; name one of its nodes"),
         (("--config", "none.yml"), "none.yml: there is no file none.yml"),
-        (("--config", "redis://:secret@h"), "h: a configuration is a file ending in"),
     ],
 )
 def test_mistakes_in_the_configuration(
@@ -440,7 +441,14 @@ def test_mistakes_in_the_configuration(
     [
         (("cluster", "--url", NOBODY, "--config", "c.yml"), "give only one of them"),
         (("cluster", "--ulr", NOBODY), "No such option: --ulr"),
+        (("cluster", "--url", "c.yml"), "--url: a file is the value of --config"),
+        (
+            ("cluster", "--config", "redis://:secret@h"),
+            "a URL or host:port is the value of --url",
+        ),
+        (("cluster", "--config", "all.ndjson"), "a file ending in .yml, .yaml or .json;"),
         (("clutser",), "No such command 'clutser'"),
+        (("--url", NOBODY, "get", "a"), "--url; an option of a command follows its name"),
     ],
 )
 def test_a_wrong_command_line(words: Sequence[str], error: str, folder: Path) -> None:
@@ -448,6 +456,7 @@ def test_a_wrong_command_line(words: Sequence[str], error: str, folder: Path) ->
     assert (done.returncode, done.stdout) == (2, "")
     assert error in done.stderr
     assert "Traceback" not in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_a_wrong_command_line_on_a_terminal() -> None:
@@ -471,6 +480,8 @@ def without_variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     [
         ((), {}, "localhost:6379", "without --url, --config, DSCACHE_URL, REDIS_URL, config.yml"),
         ((), {"REDIS_URL": "redis://:secret@r:1"}, "r:1", "as REDIS_URL says"),
+        ((), {"REDIS_URL": "redis://:secret@r/3"}, "r:6379", "database 3, as REDIS_URL says"),
+        ((), {"REDIS_URL": "redis://r:1/0"}, "r:1", "as REDIS_URL says"),
         ((), {"REDIS_URL": "redis://r:1", "DSCACHE_URL": "d:2"}, "d:2", "as DSCACHE_URL says"),
         ((), {"REDIS_URL": "redis://r:1", "DSCACHE_URL": ""}, "r:1", "as REDIS_URL says"),
         (("conf/config.yml",), {"REDIS_URL": "redis://r:1"}, "conf.config.yml:6", ""),
@@ -507,6 +518,9 @@ def test_a_variable_that_is_no_url_is_named(
 ) -> None:
     without_variables.setenv("DSCACHE_URL", "redis//h")
     with pytest.raises(ConfigError, match=r"^DSCACHE_URL: must begin with redis://"):
+        settings.load(None, None)
+    without_variables.setenv("DSCACHE_URL", "redis://h/three")
+    with pytest.raises(ConfigError, match=r"^DSCACHE_URL: the path must be the number of a data"):
         settings.load(None, None)
 
 
@@ -613,6 +627,13 @@ def test_help(name: str) -> None:
     wanted = {"--config FILE", "--url URL", "--json"} if name else set(COMMANDS)
     for one in wanted:
         assert one in done.out
+
+
+def test_a_whole_sentence_describes_each_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = invoke("--help").out.partition("\nCommands:\n")[2].splitlines()
+    assert [line.split()[0] for line in lines] == list(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
 
 
 # The words without which a command would use a Redis; the others read names, or need nothing.

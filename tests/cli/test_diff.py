@@ -90,7 +90,7 @@ def test_an_export_that_is_none(here: EmbeddedServer, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "error"),
     [
-        ("redis//h", "OTHER: must begin with redis://"),
+        ("http://h", "OTHER: must begin with redis://"),
         ("127.0.0.1:1", "no connection to 127.0.0.1:1"),
         ("none.yml", "there is no file none.yml"),
     ],
@@ -100,12 +100,20 @@ def test_mistakes(other: str, error: str, here: EmbeddedServer) -> None:
     assert (done.status, error in done.err) == (1, True)
 
 
-def test_a_folder(here: EmbeddedServer, tmp_path: Path) -> None:
-    done = invoke("diff", str(tmp_path), "--url", here.url)
+@pytest.mark.parametrize(
+    ("other", "fault"),
+    [
+        (".", ". is a folder"),
+        ("none", "none is no file that exists"),
+        ("redis//:secret@host", "host is no file that exists"),
+    ],
+)
+def test_what_is_no_place(other: str, fault: str, here: EmbeddedServer) -> None:
+    done = invoke("diff", other, "--url", here.url)
     assert done.status == 2
     assert " ".join(done.err.split()).endswith(
-        f"Error: Invalid value for OTHER: {tmp_path} is a folder; give a URL, host:port, "
-        "configuration file, or an export (.ndjson, .ndjson.gz)"
+        f"Error: Invalid value for OTHER: {fault}; give a URL, host:port, configuration file, or "
+        "an export (.ndjson, .ndjson.gz)"
     )
 
 

@@ -73,7 +73,7 @@ def test_the_same_text_is_not_written(
 ) -> None:
     editor("text += ' '")
     done = invoke("edit", "user/1", "--url", edited_server.url)
-    assert (done.status, done.err) == (0, "dscache: unchanged\n")
+    assert (done.status, done.err) == (0, "dscache: unchanged; nothing was written\n")
     assert cache.head("user/1") == 3
     assert left(tmp_path) == []
 
@@ -125,12 +125,23 @@ def test_a_missing_record_needs_an_option(
     assert (done.status, cache.head("user/2")) == (0, 1)
 
 
+def test_a_new_record_whose_text_is_left_as_it_is_is_not_written(
+    cache: Cache, edited_server: EmbeddedServer, editor: Callable[[str], None], tmp_path: Path
+) -> None:
+    editor("assert text == '{}\\n'")
+    done = invoke("edit", "user/2", "--create", "--url", edited_server.url)
+    assert (done.status, done.err) == (0, "dscache: unchanged; nothing was written\n")
+    assert cache.head("user/2") is None
+    assert left(tmp_path) == []
+
+
 def test_an_editor_that_does_not_exist(
     cache: Cache, edited_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VISUAL", "/no/such/editor")
     done = invoke("edit", "user/1", "--url", edited_server.url)
-    assert (done.status, "can't be run" in done.err) == (2, True)
+    assert done.status == 2
+    assert "'/no/such/editor' can't be run: No such file or directory; set it to an ed" in done.err
 
 
 def test_an_editor_that_removes_the_file(

@@ -41,6 +41,12 @@ def url(listed_server: EmbeddedServer) -> tuple[str, str]:
     return "--url", listed_server.url
 
 
+def test_a_prefix_without_records(url: tuple[str, str]) -> None:
+    assert invoke("ls", "none/", *url).err == ""
+    _, written = run_on_terminal("ls", "none/", *url)
+    assert written == "dscache: no records begin with 'none/'\r\n"
+
+
 def names(done: Any) -> list[str]:
     return [line["name"] for line in done.lines]
 

@@ -386,6 +386,14 @@ def test_a_terminal_is_asked_before_keys_are_removed(
     assert (sorted(client.keys()) == before) == bool(status)
 
 
+def test_the_question_names_the_database(url: Url) -> None:
+    words = ("migrate", "--to", "hashtag", "--url", f"{url[1]}/3")
+    status, written = run_on_terminal(*words, typed=b"n\n")
+    address = url[1].removeprefix("redis://")
+    assert status == 1
+    assert f"Move all records at {address}, database 3 to the" in plain(written)
+
+
 @pytest.mark.parametrize("words", [(), ("--to", "sideways")])
 def test_a_wrong_command_line(words: tuple[str, ...]) -> None:
     done = invoke("migrate", *words, "--url", "127.0.0.1:1")

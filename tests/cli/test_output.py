@@ -136,7 +136,7 @@ def test_a_full_disk(command: str, records: Path, server: EmbeddedServer, node: 
     with full_disk() as descriptor:
         done = result_of(command, descriptor, records, node if command == "cluster" else server.url)
     if command == SILENT:
-        assert done == (0, "dscache: unchanged\n")
+        assert done == (0, "dscache: unchanged; nothing was written\n")
         return
     assert done == (
         1,
@@ -152,7 +152,9 @@ def test_a_pipe_without_a_reader(
     with no_reader() as descriptor:
         done = result_of(command, descriptor, records, node if command == "cluster" else server.url)
     # The reader left on purpose.
-    assert done == ((0, "dscache: unchanged\n") if command == SILENT else (1, ""))
+    assert done == (
+        (0, "dscache: unchanged; nothing was written\n") if command == SILENT else (1, "")
+    )
 
 
 def test_no_output_at_all(records: Path, server: EmbeddedServer) -> None:

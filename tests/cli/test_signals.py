@@ -330,14 +330,24 @@ def test_ctrl_c_belongs_to_the_editor(
 # -- the exit status
 
 
-def test_an_interrupt_in_executed_text_gives_the_status_too() -> None:
-    """Python itself would end by SIGINT then."""
+# Python itself would end by SIGINT after the first, and older versions wrap the second.
+@pytest.mark.parametrize(
+    "work",
+    [
+        "exec('os.kill(os.getpid(), signal.SIGTERM)', globals())",
+        "type('', (), {'a': type('', (), {'__set_name__': end})()})",
+    ],
+    ids=["executed text", "a class"],
+)
+def test_an_interrupt_within_an_import_gives_the_status_too(work: str) -> None:
     program = (
         "import os, signal\n"
         "from dscache import cli\n"
+        "def end(*_):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "def interrupted():\n"
-        "    exec('os.kill(os.getpid(), signal.SIGTERM)', globals())\n"
-        "cli._imported_app = lambda: interrupted\n"
+        f"    {work}\n"
+        "cli._imported_app = interrupted\n"
         "cli.main()\n"
     )
     done = subprocess.run(

@@ -385,7 +385,7 @@ def test_an_endpoint_without_metrics(endpoint: str) -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        *("file:///etc/passwd", "127.0.0.1:9100", "http://", "http://h:x/m", ""),
+        *("file:///etc/passwd", "127.0.0.1:9100", "http://", "http://h:x/m", "http://[x/m", ""),
         "http://me:hidden@127.0.0.1:1/metrics",
     ],
 )

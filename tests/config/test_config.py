@@ -52,6 +52,7 @@ OPTIONS = (
 )
 NAT_NAME = "each name in it must be host:port, with brackets around an IPv6 address"
 PORT = "must be a whole number from 1 to 65535"
+MS = "must be a whole number of milliseconds from 1 to 2147483647"
 # The tests' password, which must never appear in a text.
 SECRET = "hunter2-secret"
 
@@ -275,7 +276,8 @@ def test_address(source: str, address: str) -> None:
         (
             {"cache": {"path": "./mine", "name": "redis"}},
             'mapping: cache.path: must be "@deepstream/cache-redis", no other plug-in runs here; '
-            "write name: redis in its place if the records are in Redis",
+            "write name: redis in its place if the records are in Redis, and the path of a socket "
+            "below options:",
         ),
         (
             {"cache": {"name": "redis", "option": {}}},
@@ -289,20 +291,38 @@ def test_address(source: str, address: str) -> None:
             {"cache": {"name": "redis", "options": {5: 1}}},
             "mapping: cache.options: the name of an option must be text, not a number",
         ),
-        (
-            "otherhost",
-            "otherhost: a configuration is a file ending in .yml, .yaml, .json, a mapping, "
-            "host:port, or a URL (redis://, rediss:// or unix://)",
-        ),
-        (
-            f"user:{SECRET}@h:6379",
-            "h:6379: a configuration is a file ending in .yml, .yaml, .json, a mapping, "
-            "host:port, or a URL (redis://, rediss:// or unix://)",
-        ),
     ],
 )
 def test_no_cache_entry(source: Any, message: str) -> None:
     assert refusal(load, source) == message
+
+
+@pytest.mark.parametrize(
+    ("source", "shown", "remedy"),
+    [
+        ("otherhost", "otherhost", "; for a server of this name write otherhost:6379"),
+        ("127.0.0.1", "127.0.0.1", "; for a server at this address write 127.0.0.1:6379"),
+        ("::1", "::1", "; for a server at this address write [::1]:6379"),
+        ("memory", "memory", '; for a cache in memory write {"name": "memory"}'),
+        ("h:6379 ", "h:6379 ", "; leave out the space around it"),
+        (f"user:{SECRET}@h:6379", "h:6379", "; begin a URL with redis://"),
+        ("config.toml", "config.toml", ""),
+    ],
+)
+def test_a_word_that_is_no_source(source: str, shown: str, remedy: str) -> None:
+    assert refusal(load, source) == (
+        f"{shown}: a configuration is a file ending in .yml, .yaml, .json, a mapping, "
+        f"host:port, or a URL (redis://, rediss:// or unix://){remedy}"
+    )
+
+
+def test_an_unset_variable_as_the_source() -> None:
+    unset = "; is the variable set that it comes from?"
+    for source in ("", " "):
+        assert refusal(load, source) == f"the configuration is an empty text{unset}"
+    assert refusal(load, None) == (
+        f"the configuration must be a path, a mapping or a URL, not NoneType{unset}"
+    )
 
 
 # Unreadable files
@@ -651,19 +671,19 @@ def field(found: Options, line: str) -> object:
         ("db: -1", "db: must be a whole number of at least 0, not -1"),
         (
             'ttl: "86400 // optional"',
-            "ttl: must be a whole number from 1 to 10000000000, not '86400 // optional'; "
-            "// starts no comment in YAML, # does",
+            "ttl: must be a whole number of seconds from 1 to 10000000000, not '86400 // "
+            "optional'; // starts no comment in YAML, # does",
         ),
-        ("ttl: -1", "ttl: must be a whole number from 1 to 10000000000, not -1"),
-        ("ttl: true", "ttl: must be a whole number from 1 to 10000000000, not true"),
-        ("ttl: 1.5", "ttl: must be a whole number from 1 to 10000000000, not 1.5"),
+        ("ttl: -1", "ttl: must be a whole number of seconds from 1 to 10000000000, not -1"),
+        ("ttl: true", "ttl: must be a whole number of seconds from 1 to 10000000000, not true"),
+        ("ttl: 1.5", "ttl: must be a whole number of seconds from 1 to 10000000000, not 1.5"),
         (
             "connectTimeout: 0",
-            "connectTimeout: must be a whole number from 1 to 2147483647, not 0",
+            f"connectTimeout: {MS}, not 0",
         ),
         (
             "commandTimeout: soon",
-            "commandTimeout: must be a whole number from 1 to 2147483647, not 'soon'",
+            f"commandTimeout: {MS}, not 'soon'",
         ),
         ("family: 5", "family: must be 0, 4 or 6, not 5"),
         ("family: IPv4", "family: must be 0, 4 or 6, not 'IPv4'"),
@@ -716,6 +736,20 @@ def field(found: Options, line: str) -> object:
         ("prot: 1", 'prot: unknown option, did you mean "port"?'),
         ("key_prefix: a", 'key_prefix: unknown option, did you mean "keyPrefix"?'),
         ("HOST: a", 'HOST: unknown option, did you mean "host"?'),
+        (
+            "socket_timeout: 1",
+            'socket_timeout: unknown option, did you mean "commandTimeout", in milliseconds?',
+        ),
+        (
+            "timeout: 1",
+            'timeout: unknown option, did you mean "commandTimeout", in milliseconds?',
+        ),
+        ("auth: x", 'auth: unknown option, did you mean "password"?'),
+        ("ssl: true", 'ssl: unknown option, did you mean "tls"?'),
+        (
+            "encoding: x",
+            "encoding: unknown option, leave it out; it has no counterpart here",
+        ),
         ("uri: a", 'uri: unknown option, did you mean "url"?'),
         ("lazyConect: true", 'lazyConect: unknown option, did you mean "lazyConnect"?'),
         ("retryStrategy: 500", "retryStrategy: must be a mapping of options, not a number"),
@@ -756,15 +790,15 @@ def field(found: Options, line: str) -> object:
         ("scaleReads: [slave]", "scaleReads: must be text, not a list"),
         (
             "slotsRefreshTimeout: 0",
-            "slotsRefreshTimeout: must be a whole number from 1 to 2147483647, not 0",
+            f"slotsRefreshTimeout: {MS}, not 0",
         ),
         (
             "slotsRefreshInterval: -1",
-            "slotsRefreshInterval: must be a whole number from 1 to 2147483647, not -1",
+            f"slotsRefreshInterval: {MS}, not -1",
         ),
         (
             "slotsRefreshInterval: true",
-            "slotsRefreshInterval: must be a whole number from 1 to 2147483647, not true",
+            f"slotsRefreshInterval: {MS}, not true",
         ),
         (
             "clusterRetryStrategy: 100",
@@ -772,7 +806,7 @@ def field(found: Options, line: str) -> object:
         ),
         (
             "clusterRetryStrategy: {cap: 2s}",
-            "clusterRetryStrategy.cap: must be a whole number from 1 to 2147483647, not '2s'",
+            f"clusterRetryStrategy.cap: {MS}, not '2s'",
         ),
         (
             "clusterRetryStrategy: {frist: 1}",
@@ -1479,6 +1513,9 @@ def test_url(url: str, expected: dict[str, Any]) -> None:
 
 ESCAPE = "write the special characters of the password percent-encoded (@ %40, / %2F, # %23)"
 UNREADABLE = f"the host or the port can't be read; {ESCAPE}"
+BAD_PORT = "the port must be a whole number from 1 to 65535"
+BRACKETS = "an IPv6 address is written in brackets, as in redis://[::1]:6379"
+SOCKET = "a socket's path begins with a third slash: unix:///run/redis.sock"
 SPILLED = f"an @ or # is in the wrong place; {ESCAPE}"
 DATABASE = "the path must be the number of a database, as in redis://host/3"
 
@@ -1488,10 +1525,18 @@ DATABASE = "the path must be the number of a database, as in redis://host/3"
     [
         (f"http://:{SECRET}@h", "must begin with redis://, rediss:// or unix://, not http://"),
         (f"{SECRET}://h", "must begin with redis://, rediss:// or unix://"),
-        (f"redis://{SECRET}:x", UNREADABLE),
-        (f"unix://:{SECRET}/run/x", UNREADABLE),
-        ("redis://h:99999", UNREADABLE),
-        ("redis://[::1", UNREADABLE),
+        (f"redis://{SECRET}:x", f"{BAD_PORT}; a password is followed by @ and the host"),
+        (f"redis://:{SECRET}", f"{BAD_PORT}; a password is followed by @ and the host"),
+        (f"redis://user:{SECRET}@h:port", BAD_PORT),
+        (f"redis://:{SECRET}@h:70000/1", BAD_PORT),
+        ("redis://h:99999", BAD_PORT),
+        ("redis://[::1", BRACKETS),
+        ("redis://::1", BRACKETS),
+        ("redis://::1:6379/0", BRACKETS),
+        (f"redis://:{SECRET}@fe80::1:6379", BRACKETS),
+        ("redis://h:6379 ", "begins or ends with a space; leave it out"),
+        (" redis://h:6379/0", "begins or ends with a space; leave it out"),
+        (f"unix://:{SECRET}/run/x", SOCKET),
         (f"redis://:{SECRET}/x@h:1", UNREADABLE),
         (f"redis://:1/{SECRET}@h:1", SPILLED),
         (f"redis://:1?{SECRET}@h:1", SPILLED),
@@ -1533,16 +1578,20 @@ DATABASE = "the path must be the number of a database, as in redis://host/3"
             "the query option ssl_cert_reqs must be none, optional or required",
         ),
         ("redis://h?ssl_cert_reqs=none", "the ssl_ options need a URL that begins with rediss://"),
-        (
-            f"unix://{SECRET}/run/x",
-            "a socket's path begins with a third slash: unix:///run/redis.sock",
-        ),
-        ("unix://", "a socket's path begins with a third slash: unix:///run/redis.sock"),
+        (f"unix://{SECRET}/run/x", SOCKET),
+        ("unix://", SOCKET),
     ],
 )
 def test_bad_url(url: str, message: str) -> None:
     assert refusal(load, url) == f"URL: {message}"
     assert refusal(options, url=url) == f"mapping: options.url: {message}"
+
+
+def test_a_variable_outside_of_a_file() -> None:
+    assert refusal(load, {"url": "${REDIS_URL}"}) == (
+        "mapping: url: must begin with redis://, rediss:// or unix://, or be host:port; ${...} is "
+        "replaced by a variable's value in files alone"
+    )
 
 
 def test_bad_value_in_a_url() -> None:

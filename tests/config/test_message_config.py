@@ -113,7 +113,10 @@ def options(**written: Any) -> dict[str, Any]:
         (options(shard=True), 'clusterNode.options.shard: unknown option, did you mean "sharded"?'),
         (options(sharded=True), "clusterNode.options.sharded: is for a cluster"),
         (options(overflow="drop"), 'must be "disconnect", "drop_newest" or "drop_oldest", not'),
-        (options(heartbeat=0), "options.heartbeat: must be a whole number from 1 to 2147483647"),
+        (
+            options(heartbeat=0),
+            "options.heartbeat: must be a whole number of milliseconds from 1 to 2147483647",
+        ),
         (options(prot=1), 'did you mean "port"?'),
         (options(sentinels=[{}]), "options.name: is missing"),
         (

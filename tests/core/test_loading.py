@@ -148,7 +148,7 @@ def test_a_load_that_is_no_mapping_has_failed(pipeline: MemoryPipeline) -> None:
     caller.go_on(["a"])
     caller.until(never)
     assert caller.outcome is not None
-    with pytest.raises(LoadError, match="TypeError"):
+    with pytest.raises(LoadError, match="load_many must return a mapping"):
         caller.outcome.of("a")
     assert state_of(stored(pipeline, NOTE)) == "failed"
 

@@ -197,7 +197,7 @@ def test_uvloop(private: EmbeddedServer, tmp_path: Path) -> None:
 
         with dscache.Cache.from_config(private.url) as cache:
             assert cache.get("player/ada") == dscache.Record(
-                "player/ada", 20, b'{"points":105,"games":21}'
+                "player/ada", 21, b'{"points":105,"games":21}'
             )
             cache.set("player/eve", 1, {"points": "many"})
         refused = ask('{"do":"score","player":"eve","points":1}', '{"do":"score","player":7}', "{")

@@ -67,6 +67,7 @@ def _sizes(row: str, scale: float, minutes: float) -> dict[str, Any]:
         "sync-reshard": {"slots": scaled(4000)},
         "records-updates": {"times": scaled(1000)},
         "records-crowd": {"callers": scaled(1000)},
+        "records-model": {"examples": scaled(3000)},
         "records-mirror": {"writes": scaled(100_000)},
         "records-scans": {"names": scaled(1_000_000)},
         "records-expiry": {"names": scaled(100_000)},

@@ -19,9 +19,11 @@ import redis as redis_py
 
 import dscache
 from dscache import _backend
+from dscache.core.notes import LEASE_SECONDS
 from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.soak import cluster_rows
 from tests.soak.figures import PATIENCE, Figures, until
+from tests.support import three_clients
 from tests.support.blocking import run_child
 from tests.support.clusters import ClusterGroup
 from tests.support.either import moving
@@ -108,6 +110,18 @@ async def crowd(
         figures.notes.append(f"{loads} loads, the last caller after {seconds:.1f} s")
         if loads != 2 or figures.operations != (processes - 1) * callers:
             figures.problems.append(f"{loads} loads, {figures.operations} records")
+        # Of the load that was killed, its lease, and the next load.
+        if seconds > 2 * _SECONDS_OF_LOAD + LEASE_SECONDS + 1:
+            figures.slow.append("a caller waited for longer than the loads and the lease")
+
+
+async def model(figures: Figures, binary: ServerBinary, *, examples: int = 3000) -> None:
+    """Let three clients change few records at once, with results that a model must explain."""
+    figures.most_growth = 256 * 1024 * 1024  # Hypothesis remembers its examples
+    with EmbeddedServer(binary) as server:
+        check = three_clients.check
+        figures.operations = await asyncio.to_thread(check, server.host, server.port, examples)
+        figures.notes.append(f"{examples} examples")
 
 
 async def mirror(figures: Figures, binary: ServerBinary, *, writes: int = 100_000) -> None:

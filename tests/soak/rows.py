@@ -844,6 +844,7 @@ ROWS: dict[str, Row] = {
     "sync-reshard": thread_rows.reshard,
     "records-updates": record_rows.updates,
     "records-crowd": record_rows.crowd,
+    "records-model": record_rows.model,
     "records-mirror": record_rows.mirror,
     "records-scans": record_rows.scans,
     "records-expiry": record_rows.expiry,

@@ -40,6 +40,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "sync-kill": {"rounds": 2},
     "records-updates": {"processes": 3, "times": 60},
     "records-crowd": {"callers": 50},
+    "records-model": {"examples": 10},
     "records-mirror": {"writes": 4000},
     "records-scans": {"names": 20_000},
     "records-expiry": {"names": 2000, "ttl": 3},

@@ -105,8 +105,7 @@ class Server:
         self, packages: Path, host: str, redis_port: int, name: str, log: Path, **options: Any
     ) -> None:
         self.name = name
-        self.port = free_port()
-        self.url = f"ws://127.0.0.1:{self.port}/deepstream"
+        self.port = 0
         self.log_path = log
         redis = {"name": "redis", "options": {"host": host, "port": redis_port}}
         self.config: dict[str, Any] = {
@@ -118,7 +117,7 @@ class Server:
                 "type": "default",
                 "options": {
                     "host": "127.0.0.1",
-                    "port": self.port,
+                    "port": 0,  # start() chooses it
                     "healthCheckPath": "/health-check",
                     "allowAllOrigins": True,
                 },
@@ -132,7 +131,23 @@ class Server:
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
-        """Start, and wait until clients can connect."""
+        """Start at a free port, and wait until clients can connect."""
+        for _ in range(5):
+            self.port = free_port()
+            self.config["httpServer"]["options"]["port"] = self.port
+            self.log_path.write_bytes(b"")
+            await self._spawn()
+            # Another process may take the port between the choice and the server's bind.
+            if "EADDRINUSE" not in self.log():
+                break
+        assert "READY" in self.log(), self.log()
+
+    @property
+    def url(self) -> str:
+        """The address for clients."""
+        return f"ws://127.0.0.1:{self.port}/deepstream"
+
+    async def _spawn(self) -> None:
         with self.log_path.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *("node", str(PROGRAMS / "deepstream_server.js"), str(self._packages)),
@@ -142,8 +157,7 @@ class Server:
                 stderr=subprocess.STDOUT,
             )
         async with asyncio.timeout(60):
-            while "READY" not in self.log():
-                assert self.process.returncode is None, self.log()
+            while "READY" not in self.log() and self.process.returncode is None:
                 await asyncio.sleep(0.02)
 
     def log(self) -> str:

@@ -152,6 +152,11 @@ class FaultProxy:
         """Replace the next chunk with what ``function`` returns for it."""
         self._alterations[direction].append(function)
 
+    @property
+    def is_cut_due(self) -> bool:
+        """Whether ``cut_after`` has not cut a connection yet."""
+        return bool(self._cut_after)
+
     def duplicate(self, direction: Direction = "replies") -> None:
         """Send the next chunk twice."""
         self.corrupt(lambda chunk: chunk + chunk, direction)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
@@ -98,6 +99,9 @@ class Prometheus:
         try:
             with urllib.request.urlopen(f"http://{_HOST}:{self._port}/-/ready", timeout=10):
                 return True
+        except urllib.error.HTTPError as refusal:
+            refusal.close()
+            return False
         except OSError:
             return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from typing import Annotated
 
 import msgspec
@@ -12,9 +13,10 @@ from rich.text import Text
 from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..cache import AsyncCache
+from ..core.constants import MAX_TTL, MAX_VERSION
 from ..errors import RecordError
 from .by_name import BATCH, batches_of
-from .options import Chosen, IfNewerOption, with_all_options
+from .options import Chosen, IfNewerOption, number_option, number_parser, with_all_options
 from .output import NOT_NEWER, complain, number
 from .settings import read_input, run
 from .tables import Results, line_of
@@ -24,7 +26,10 @@ from .tables import Results, line_of
 def set_(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of the record.")] = None,
     version: Annotated[
-        int | None, typer.Argument(metavar="VERSION", help="From 0 to 2^63-1.")
+        int | None,
+        typer.Argument(
+            metavar="VERSION", help="From 0 to 2^63-1.", parser=number_parser(int, 0, MAX_VERSION)
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -32,15 +37,20 @@ def set_(
     ] = None,
     ttl: Annotated[
         int | None,
-        typer.Option(
-            metavar="SECONDS", help="Lifetime of the records, 0 for none.", show_default=False
+        number_option(
+            int,
+            "Lifetime of the records, 0 for none.",
+            metavar="SECONDS",
+            least=0,
+            most=MAX_TTL,
+            show_default=False,
         ),
     ] = None,
     if_newer: IfNewerOption = False,
     *,
     chosen: Chosen,
 ) -> None:
-    """Write a record, or the records in lines of JSON on standard input.
+    """Write a record, or records in lines of JSON on standard input.
 
     A line is {"name": ..., "version": ..., "data": ...}, as get and export print it, and may have
     "ttl" in seconds, which --ttl overrides. The exit status is 1 if a record was not written
@@ -100,12 +110,12 @@ def _from_words(name: str, version: int, data: str) -> ndjson.Line:
     try:
         ndjson.encode(name, version, text)
     except RecordError as error:
-        why = str(error.__cause__ or error)
+        hint = ""
+        if data and data[0] not in "[{\"'":
+            quoted = shlex.quote(msgspec.json.encode(data[:20]).decode())
+            hint = f" (a string needs quotes: {quoted})"
         raise typer.BadParameter(
-            f"it is not JSON: {why} (a string needs quotes: '\"{data[:20]}\"')"
-            if data.isalnum()
-            else f"it is not JSON: {why}",
-            param_hint="DATA",
+            f"it is not JSON: {error.__cause__ or error}{hint}", param_hint="DATA"
         ) from None
     except UnicodeEncodeError:
         raise typer.BadParameter("it is not UTF-8", param_hint="NAME") from None
