@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.metadata
 import os
@@ -49,12 +50,14 @@ DRAINED = ("pending", "in_flight", "queued")
 # Timeouts of caches that don't set their own: a busy machine must not make a test fail.
 PATIENT = {"commandTimeout": 30_000, "connectTimeout": 30_000}
 
-# The slowest files, most of which wait, and slow ones that would be the last by name.
+# The slowest files, the slowest first: none may be left for the end, when the other processes idle.
 LONG = (
-    *("test_cluster", "test_sync", "test_sync_cluster", "test_cli", "test_resilience"),
-    *("test_cache", "test_sentinel", "test_messages_apart"),
-    *("test_convergence", "test_peer", "test_peer_failures"),
-    *("test_scan", "test_near_live", "test_packaging", "test_typing"),
+    *("test_injection", "test_resilience", "test_near_faults", "test_near_processes", "test_sync"),
+    *("test_sync_cluster", "test_cluster", "test_packaging", "test_near", "test_topology"),
+    *("test_sentinel", "test_cli", "test_near_live", "test_scan", "test_signals"),
+    *("test_convergence", "test_interruptions", "test_peer", "test_cache", "test_clusters"),
+    *("test_peer_failures", "test_pipeline", "test_messages_apart", "test_twins", "test_output"),
+    *("test_connection", "test_near_model", "test_model", "test_shared_near_model", "test_typing"),
 )
 
 # Durations prove nothing here, since machines differ. The examples of one test share its fixtures.
@@ -172,11 +175,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Return how many processes run at once: twice as many as the cores, since tests mostly wait.
+    """Return how many processes run at once: twice as many as the cores, since tests often wait.
 
-    Three processes on two cores use those for little more than half of the time: the suite takes
-    19 minutes there, and about 20 of processor time, its servers included. A named server gets a
-    single process, as each test empties it.
+    The 36 slowest files take eleven minutes of processor time, their servers included, and wait for
+    timers and servers about as long. A named server gets a single process, as each test empties it.
     """
     if os.environ.get("DSCACHE_TEST_URL"):
         return 1
@@ -194,9 +196,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Fail the run before its first test if it can't test what it should.
     """
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.path.stem not in LONG)
+        places = {name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
     if any("backend" in getattr(item, "fixturenames", ()) for item in items):
         _check_cores()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the collection has made out of every garbage collection of the tests."""
+    gc.collect()
+    gc.freeze()
 
 
 def _check_cores() -> None:

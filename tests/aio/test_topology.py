@@ -90,14 +90,13 @@ class FakeNode(FakeServer):
 
     def slots(self) -> list[Any]:
         """Return its reply to CLUSTER SLOTS."""
-        answer = []
-        for owner, group in itertools.groupby(
-            range(constants.SLOTS), lambda slot: self.knows[slot]
-        ):
+        answer, first = [], 0
+        for owner, group in itertools.groupby(self.knows):
+            count = len(list(group))
             if owner is not None:
-                slots = list(group)
                 nodes = [one.entry() for one in (owner, *owner.replicas)]
-                answer.append([slots[0], slots[-1], *nodes])
+                answer.append([first, first + count - 1, *nodes])
+            first += count
         return answer
 
     def entry(self) -> list[Any]:

@@ -138,15 +138,6 @@ def test_a_process_that_stops_for_a_while(
         process.communicate()
 
 
-def test_exceptions_at_each_line(server: EmbeddedServer, backend: str) -> None:
-    """Of the calling thread, as Ctrl-C raises them."""
-    options = {"url": server.url, "nearCache": {"idleLimit": 600_000}}
-    result = run_child("strikes.py", json.dumps(options), backend=backend)
-    assert result["wrong"] == []
-    assert result["strikes"]["set"] >= 3, result
-    assert result["pending"] == result["pending_bytes"] == result["left"] == 0
-
-
 def test_greenlets(server: EmbeddedServer, redis: redis_py.Redis, backend: str) -> None:
     result = run_child("near_greenlets.py", server.url, backend=backend)
     assert result == {

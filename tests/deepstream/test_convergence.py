@@ -9,7 +9,7 @@ from tests.soak import rows
 
 
 async def test_every_side_ends_equal(packages: Path) -> None:
-    figures = await rows.run("deepstream", find_server(), seconds=20.0, seed=7)
+    figures = await rows.run("deepstream", find_server(), seconds=10.0, seed=7)
     print(figures.line())
     assert figures.problems == []
     for outcome in ("py patched", "py deleted", "py made", "py heard", "js written", "js own"):

@@ -203,12 +203,14 @@ async def measured(figures: Figures) -> AsyncIterator[None]:
     await _warm_up()
     memory = held()
     # As servers do: a collection that walks all imported modules takes 100 ms by itself.
+    were_frozen = gc.get_freeze_count() > 0
     gc.freeze()
     files, began = open_files(), time.monotonic()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not were_frozen:
+            gc.unfreeze()
     figures.seconds = time.monotonic() - began
     await asyncio.sleep(0.05)
     figures.memory = figures.memory if figures.memory != (0, 0) else (memory, held())

@@ -28,11 +28,12 @@ def assert_interrupted(where: str, count: int, backend: str) -> None:
 def assert_struck_at_each_line(options: dict[str, Any], backend: str, *, fewest: int = 3) -> None:
     """Let a program interrupt a cache at each of its lines; assert that it stays correct.
 
-    ``fewest`` is the number of lines that each operation executes at least.
+    ``fewest`` is the number of lines that each operation executes at least; a write has three.
     """
     result = run_child("strikes.py", json.dumps(options), backend=backend)
     assert result["wrong"] == [], result
     assert all(count >= fewest for count in result["strikes"].values()), result
+    assert result["strikes"]["set"] >= 3, result
     assert result["pending"] == result["pending_bytes"] == result["left"] == 0
     assert result["connections"] == 1
 

@@ -12,7 +12,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
@@ -314,6 +313,9 @@ def test_compose_fits_its_schema(tmp_path: Path) -> None:
 
 
 def test_kubernetes_objects_fit_their_schemas() -> None:
+    # Here, as its grammars take a second of each process that collects the tests.
+    import kubernetes_validate
+
     for version in ("1.31", kubernetes_validate.latest_version()):
         for one in manifests().values():
             kubernetes_validate.validate(one, version, strict=True)
