@@ -211,6 +211,8 @@ class Document(Tree):
         if not plain:
             return value
         typed = _typed(value)
+        if value == "" != written and ":-".translate(self._mask) not in written:
+            return Scalar(None, "")
         if isinstance(typed, str) or (typed is None and (value == "" or value == written)):
             return typed
         return Scalar(typed, value)

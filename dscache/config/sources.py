@@ -17,13 +17,23 @@ from ..errors import ConfigError
 from . import url
 from .address import join_address
 from .document import SUFFIXES, Document, Tree
-from .validation import ConfigStruct, Location, is_null, nearest, read, redact_key, text
+from .validation import (
+    EMPTY,
+    ConfigStruct,
+    Location,
+    is_emptied,
+    is_null,
+    nearest,
+    read,
+    redact_key,
+    text,
+)
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 ENTRY_KEYS = frozenset(("name", "path", "type", "options"))
 """Keys of a deepstream plug-in's section."""
 _HEAD_KEYS = ("name", "path", "type")
-_UNSET: Final = "; is the variable set that it comes from?"
+_UNSET: Final = EMPTY.removeprefix("is empty")
 
 
 SectionT = TypeVar("SectionT", bound=ConfigStruct)
@@ -162,7 +172,9 @@ def with_url(
     here = place.at("url")
     stated: dict[str, object] = {}
     written = options.get("url")
-    if written is not None and written != "":
+    if written == "" or is_emptied(written):
+        raise here.error(EMPTY)
+    if written is not None:
         stated = url.parse(text(written, here, secret=True), here).options
     places = {
         name: place.at(name)
