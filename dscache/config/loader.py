@@ -35,10 +35,9 @@ ARGUMENTS: Final = Location("arguments")
 _EXAMPLE: Final = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 _HOT_PATHS: Final = "storageHotPathPrefixes"
 # Options that say which Redis. A cache in memory would ignore them.
-_OF_REDIS: Final = frozenset(
-    ("url", "host", "port", "path", "username", "password", "db", "tls", "sentinels", "name")
-    + ("sentinelUsername", "sentinelPassword", "nodes", "redisOptions", "natMap")
-)
+_LOGIN: Final = ("username", "password", "sentinelUsername", "sentinelPassword")
+_SERVERS: Final = ("url", "host", "port", "path", "sentinels", "name", "nodes", "natMap")
+_OF_REDIS: Final = frozenset((*_LOGIN, *_SERVERS, "db", "tls", "redisOptions"))
 _REDIS_PLUGINS: Final = ("@deepstream/cache-redis", "deepstream.io-cache-redis")
 
 
@@ -69,7 +68,7 @@ def load(
     ``source`` is one of these:
 
     - the path of a ``.yml``, ``.yaml`` or ``.json`` file, a str or PathLike
-    - a mapping
+    - a mapping, which is empty if ``options`` name the server
     - a URL, ``host:port`` or ``localhost``
     - a Config, which is returned
 
@@ -89,7 +88,8 @@ def load(
     if isinstance(opened, ParsedUrl):
         stated = Config(options=read(Options, opened.options, Location(opened.shown)))
         return _overridden(stated, fields, opened.shown, os.getcwd())
-    if isinstance(source, Mapping) and has_options_alone(Options, source):
+    is_by_keyword = not source and bool(given.keys() & _OF_REDIS)
+    if isinstance(source, Mapping) and (is_by_keyword or has_options_alone(Options, source)):
         place = opened.place
         merged, places = with_url(source, place)
         chosen = replace(read(Options, merged, place), **fields)

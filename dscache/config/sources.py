@@ -30,6 +30,8 @@ from .validation import (
 )
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
+NO_SOURCE: Final[Mapping[str, Any]] = {}
+"""The source of a cache whose server is named by keyword."""
 ENTRY_KEYS = frozenset(("name", "path", "type", "options"))
 """Keys of a deepstream plug-in's section."""
 _HEAD_KEYS = ("name", "path", "type")
@@ -72,8 +74,10 @@ def _meant_by(word: str) -> str:
     bare = word.strip()
     if bare == "memory":
         return '; for a cache in memory write {"name": "memory"}'
-    if bare != word and is_url(bare):
+    if bare != word and (is_url(bare) or bare.lower().endswith(SUFFIXES)):
         return "; leave out the space around it"
+    if re.fullmatch(r"[A-Za-z0-9.-]+:", bare):
+        return f"; the port is missing, write {bare}6379"
     if "@" in bare:
         return "; begin a URL with redis://"
     with suppress(ValueError):

@@ -381,7 +381,7 @@ def test_missing_and_unreadable_files(tmp_path: Path, write: Callable[..., Path]
     assert re.search("can't be read: .*embedded null", refusal(load, "a\0.yml"))
     latin = tmp_path / "latin.yml"
     latin.write_bytes(b"cache: \xe9")
-    assert refusal(load, latin) == f"latin.yml: {latin} isn't UTF-8 text (byte 7)"
+    assert refusal(load, latin) == f"latin.yml: {latin} isn't UTF-8 text (byte 7); save it as UTF-8"
     assert refusal(load, write("")) == (
         f"config.yml: is empty, or has only comments; write {EXAMPLE}"
     )
