@@ -347,6 +347,8 @@ def test_no_cache_entry(source: Any, message: str) -> None:
         ("otherhost", "otherhost", "; for a server of this name write otherhost:6379"),
         ("127.0.0.1", "127.0.0.1", "; for a server at this address write 127.0.0.1:6379"),
         ("::1", "::1", "; for a server at this address write [::1]:6379"),
+        ("config.yml ", "config.yml ", "; leave out the space around it"),
+        ("localhost:", "localhost:", "; the port is missing, write localhost:6379"),
         ("memory", "memory", '; for a cache in memory write {"name": "memory"}'),
         ("h:6379 ", "h:6379 ", "; leave out the space around it"),
         (f"user:{SECRET}@h:6379", "h:6379", "; begin a URL with redis://"),
@@ -375,6 +377,9 @@ def test_an_unset_variable_as_the_source() -> None:
 def test_missing_and_unreadable_files(tmp_path: Path, write: Callable[..., Path]) -> None:
     missing = tmp_path / "missing.yml"
     assert refusal(load, missing) == f"missing.yml: there is no file {missing}"
+    assert refusal(load, "missing.yml") == (
+        f"missing.yml: there is no file missing.yml in {os.getcwd()}"
+    )
     folder = tmp_path / "folder.yml"
     folder.mkdir()
     assert refusal(load, folder) == f"folder.yml: {folder} is a folder; name a file in it"
