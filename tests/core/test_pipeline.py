@@ -1456,8 +1456,8 @@ def test_a_refused_command_fails_only_its_callers(
     assert refused.error.code == code
     assert refused.error.message == message
     name = operation.argument if isinstance(operation.argument, str) else "a"
-    method = operation.method.removesuffix("_bulk")
-    assert str(refused.error) == f"{message} ({method} {name!r} at {ADDRESS})"
+    remedy = failures.remedy_of(message)
+    assert str(refused.error) == f"{message} ({operation.method} {name!r} at {ADDRESS}{remedy})"
 
 
 def test_a_refused_batch_fails_each_waiter(exchange: Exchange) -> None:
