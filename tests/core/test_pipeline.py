@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from dscache.core import constants as c
-from dscache.core import refusals, scripts
+from dscache.core import failures, refusals, scripts
 from dscache.errors import (
     BulkError,
     ConnectError,
