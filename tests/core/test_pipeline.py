@@ -2194,7 +2194,8 @@ def test_a_refused_raw_command_is_not_sent_again(exchange: Exchange, message: st
     exchange.assert_drained()
     assert exchange.take() == []
     assert isinstance(waiter.error, ReplyError)
-    assert str(waiter.error) == f"{message} (command 'HELLO' at {ADDRESS})"
+    remedy = failures.remedy_of(message)
+    assert str(waiter.error) == f"{message} (command 'HELLO' at {ADDRESS}{remedy})"
     assert later.result() is True
 
 
