@@ -305,10 +305,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         is over. So ``change`` may be called several times.
 
         ``default`` is the data of a record that doesn't exist. The new data is then written with
-        version 1. ``ttl`` is that of ``set``: without it, an earlier lifetime ends. With a ``type``,
-        the data that ``change`` gets and the data of the result are of that type, as of ``get``.
-        The update then removes members that the type doesn't name. Updates of one record by one
-        cache run one after the other.
+        version 1. ``ttl`` is that of ``set``: without it, an earlier lifetime ends. With a
+        ``type``, the data that ``change`` gets and the data of the result are of that type, as of
+        ``get``. The update then removes members that the type doesn't name. Updates of one record
+        by one cache run one after the other.
 
         No step begins after ``commandTimeout``. A step that has begun has a ``commandTimeout`` of
         its own.
