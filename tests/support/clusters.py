@@ -35,6 +35,7 @@ _PORT_TRIES = 5
 # A server abandons a handshake after the node timeout, and at the earliest after one second.
 _MEET_AGAIN_SECONDS = 1.5
 # A server abandons a manual failover that has not completed after five seconds.
+_TRIM_SECONDS = 30
 _FAILOVER_AGAIN_SECONDS = 5.5
 _KEYS_AT_ONCE = 100
 _SLOTS_AT_ONCE = 16
@@ -536,7 +537,18 @@ class ClusterGroup(Together):
     def _begin(self, slots: Sequence[int], source: ClusterNode, target: ClusterNode) -> None:
         # The target first, as the source may send a client there at once.
         for node, state, other in (target, "IMPORTING", source), (source, "MIGRATING", target):
-            node.ask_all([("CLUSTER", "SETSLOT", slot, state, other.id) for slot in slots])
+            ask = [("CLUSTER", "SETSLOT", slot, state, other.id) for slot in slots]
+            deadline = time.monotonic() + _TRIM_SECONDS
+            while True:
+                try:
+                    node.ask_all(ask)
+                    break
+                except redis.ResponseError as error:
+                    # From 8.6 on a node that has given slots away atomically removes their keys
+                    # in the background, and meanwhile refuses to move them.
+                    if "pending trim job" not in str(error) or time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.01)
 
     def _move(self, slots: Sequence[int], source: ClusterNode, target: ClusterNode) -> None:
         ask = [("CLUSTER", "GETKEYSINSLOT", slot, _KEYS_AT_ONCE) for slot in slots]
