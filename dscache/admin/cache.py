@@ -58,7 +58,7 @@ async def _connect_once(cache: AdminCache) -> ControlConnection:
     try:
         await node.first_attempt()
     except (OSError, DscacheError) as error:
-        raise connect_failure(error, node.address, cache.config.options) from error
+        raise connect_failure(error, node.address, node.pipeline.down or error) from error
     return ControlConnection.share(node)
 
 

@@ -32,6 +32,11 @@ _AS_WRITTEN = re.compile(
     rb'\{"name":"(?:[^"\\]|\\.)*","version":[0-9]+,"data":(.*?)(?:,"ttl":[0-9]+)?\}\s*', re.DOTALL
 )
 
+# The first line of an export. No configuration begins so.
+_BEGINS = re.compile(
+    rb'\s*\{\s*"name"\s*:\s*"(?:[^"\\]|\\.)*"\s*,\s*"version"\s*:\s*[0-9]+\s*,\s*"data"\s*:'
+)
+
 _skip = msgspec.json.Decoder(msgspec.Raw).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -141,6 +146,11 @@ def _fault(value: object) -> str:
     return f"{shorten(unknown[0])} is no part of it" if unknown else ""
 
 
+def begins_with_record(text: bytes) -> bool:
+    """Return whether the first bytes of a file are those of a line as an export has it."""
+    return _BEGINS.match(text.removeprefix(BOM)) is not None
+
+
 class Lines:
     """The lines of a text, as many at a time as have arrived.
 
@@ -175,11 +185,14 @@ class Lines:
         """Return the position of a line, for messages."""
         return f"{self.shown}, line {number}"
 
-    async def items(self, decode: Callable[[bytes], T | None], most: int) -> AsyncIterator[list[T]]:
+    async def items(
+        self, decode: Callable[[bytes], T | None], most: int, *, rest: str = ""
+    ) -> AsyncIterator[list[T]]:
         """Yield decoded lines, at most ``most`` at a time, without those decoded as None.
 
         Raises DscacheError at a line that ``decode`` refuses with RecordError, after those before
-        it, and at one that is not UTF-8.
+        it, and at one that is not UTF-8. ``rest`` ends the error of a refused line: it says what
+        became of the others.
         """
         async for lines in self:
             some: list[T] = []
@@ -190,7 +203,7 @@ class Lines:
                 except RecordError as error:
                     if some:
                         yield some
-                    raise DscacheError(f"{self.place(self.number)}: {error}") from error
+                    raise DscacheError(f"{self.place(self.number)}: {error}{rest}") from error
                 except UnicodeDecodeError as error:
                     # Names that may come from a wrong file: none of them is handled.
                     text = f"it is not UTF-8: {shorten(error.object)}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .. import _backend
 from ..config import Options
 from ..errors import ConnectError, ConnectionLost, DscacheError, ReplyError
-from ..net.connect_errors import as_connect_error
+from ..net.connect_errors import as_connect_error, remedy_of
 from .connection import Connection
 from .endpoint import Endpoint
 from .protocol import SocketProtocol, request, request_greeting
@@ -77,7 +77,9 @@ class ControlConnection:
         except BaseException as error:
             link.abort(ConnectionLost("it was closed"))
             if isinstance(error, (OSError, DscacheError)):
-                raise connect_failure(error, endpoint.address, options) from error
+                tried, in_tls = endpoint.tried, endpoint.in_tls
+                said = as_connect_error(error, options.connect_timeout, tried, in_tls=in_tls)
+                raise connect_failure(error, endpoint.address, said) from error
             raise
         return cls(link, endpoint.address, info.server, is_shared=False)
 
@@ -158,12 +160,14 @@ class _IgnoreProgress:
         """Do nothing: every command is already written."""
 
 
-def connect_failure(error: Exception, address: str, options: Options) -> DscacheError:
-    """Return the error to raise for an attempt to connect that ended with ``error``."""
+def connect_failure(error: Exception, address: str, said: Exception) -> DscacheError:
+    """Return the error to raise for an attempt to connect that ended with ``error``.
+
+    ``said`` is the result of ``as_connect_error`` for it.
+    """
     if isinstance(error, ReplyError):
-        return ReplyError(error.message, context=f"connect at {address}")
-    reason = as_connect_error(error, options.connect_timeout)
-    return ConnectError(f"no connection to {address}: {reason}")
+        return ReplyError(error.message, context=f"connect at {address}{remedy_of(error)}")
+    return ConnectError(f"no connection to {address}: {said}")
 
 
 async def is_clustered(server: ControlConnection) -> bool:

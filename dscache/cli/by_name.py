@@ -10,6 +10,7 @@ import typer
 from ..admin import ndjson
 from ..admin.cache import AdminCache, open_cache
 from ..config import Config
+from .output import complain
 from .settings import read_input, run
 
 T = TypeVar("T")
@@ -41,7 +42,10 @@ def run_by_name(
 
     async def work() -> int:
         async with open_cache(config) as cache:
-            return sum([await handle(cache, some) async for some in batches])
+            missing = [await handle(cache, some) async for some in batches]
+        if not missing:
+            complain("no name was given")
+        return sum(missing)
 
     if run(work()):
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..admin.comparison import Difference, ExportedRecords, Records, StoredRecords, compare
 from ..admin.progress import with_long_timeouts
@@ -81,6 +82,8 @@ def _export(other: str) -> Path | None:
     file = Path(other)
     if other.endswith(_EXPORTS) and not file.is_dir():
         return file
+    if other.lower().endswith(SUFFIXES) and _has_records(file):
+        return file
     if other.lower().endswith(SUFFIXES) or is_url(other):
         return None
     if file.is_file():
@@ -90,6 +93,14 @@ def _export(other: str) -> Path | None:
     raise typer.BadParameter(
         f"{shown} {fault}; give {_OTHER[0].lower()}{_OTHER[1:-1]}", param_hint="OTHER"
     )
+
+
+def _has_records(file: Path) -> bool:
+    """Return whether a file with the name of a configuration is an export. Raises OSError."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return ndjson.begins_with_record(opened.read(ndjson.PIECE))
 
 
 @asynccontextmanager

@@ -59,7 +59,9 @@ def migrate(
     keep: Annotated[
         bool, flag("--keep", "Copy and verify, and keep the keys of the old layout.")
     ] = False,
-    yes: Annotated[bool, flag("--yes", "Don't ask before keys are removed.")] = False,
+    yes: Annotated[
+        bool, flag("--yes", "Don't ask before keys are removed; needed without a terminal.")
+    ] = False,
     *,
     chosen: Chosen,
 ) -> None:
@@ -77,10 +79,17 @@ def migrate(
         raise typer.BadParameter(
             "give the new layout, hashtag or deepstream, or --from deepstream3", param_hint="--to"
         )
+    must_ask = not (dry_run or keep or yes)
+    if must_ask and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise typer.BadParameter(
+            "add --yes: without a terminal nobody can be asked whether keys may be removed; "
+            "--dry-run and --keep remove none",
+            param_hint="--yes",
+        )
     config = with_long_timeouts(chosen.load())
     count = Count()
     target_layout = ""
-    if not (dry_run or keep or yes) and sys.stdin.isatty() and sys.stdout.isatty():
+    if must_ask:
         prefixed = f" beginning with {shorten(prefix)}" if prefix else ""
         destination = f"the {to.value} layout" if to else "two keys each"
         typer.confirm(

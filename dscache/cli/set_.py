@@ -21,6 +21,8 @@ from .output import NOT_NEWER, complain, number
 from .settings import read_input, run
 from .tables import Results, line_of
 
+_REST = "; the lines after it weren't tried"
+
 
 @with_all_options
 def set_(
@@ -57,7 +59,7 @@ def set_(
     because Redis holds the same or a newer version.
     """
     if name is None:
-        batches = read_input("NAME VERSION DATA").items(ndjson.decode, BATCH)
+        batches = read_input("NAME VERSION DATA").items(ndjson.decode, BATCH, rest=_REST)
     elif version is None or data is None:
         raise typer.BadParameter("a name needs a version and data", param_hint="NAME VERSION DATA")
     else:
@@ -91,9 +93,13 @@ def set_(
             results.show()
 
     async def work() -> None:
+        given = False
         async with open_cache(config) as cache:
             async for lines in batches:
+                given = True
                 await put(cache, lines)
+        if not given:
+            complain("no record was given")
 
     run(work())
     if refused:

@@ -36,7 +36,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 Load = ServerLoad | ProgramLoad
 
 
-@with_options("config", "url", "json")
+@with_options("config", "url")
 def top(
     metrics: Annotated[
         str | None,
@@ -53,17 +53,21 @@ def top(
         ),
     ] = 2.0,
     once: Annotated[bool, flag("--once", "Print one table, and end.")] = False,
+    as_json: Annotated[
+        bool,
+        flag("--json", "Print a JSON object at each interval, until Ctrl-C; one with --once."),
+    ] = False,
     *,
     chosen: Chosen,
 ) -> None:
     """Show the load of all servers, or of a program's caches, live.
 
     Shows operations, hits, times, memory, clients and slow nodes. With --metrics, shows the load of
-    a program's caches instead, as dscache.prometheus exports it. In a pipe, prints one table; with
-    --json, one JSON object for each interval, until Ctrl-C. With --once, the exit status is 1 if a
-    server is down.
+    a program's caches instead, as dscache.prometheus exports it. In a pipe it prints one table and
+    ends. With --json it prints an object at each interval, until Ctrl-C. With --once, and in a
+    pipe, the exit status is 1 if a server is down.
     """
-    is_live = sys.stdout.isatty() and not once and not chosen.json
+    is_live = sys.stdout.isatty() and not once and not as_json
     title = ""
 
     async def work() -> Load | None:
@@ -81,7 +85,7 @@ def top(
             await asyncio.sleep(min(interval, _FIRST_SECONDS))
             if is_live:
                 await _show(look, title, interval)
-            elif chosen.json and not once:
+            elif as_json and not once:
                 while True:
                     write(line_of(time=datetime.now().astimezone(), **document(await look())))
                     await asyncio.sleep(interval)
@@ -93,7 +97,7 @@ def top(
         # Ctrl-C is the usual way to end it, so nothing is printed.
         raise typer.Exit(signals.exit_status()) from None
     assert load is not None
-    if chosen.json:
+    if as_json:
         print_json(document(load))
     else:
         # A pipe has no width, and rich would take that of a narrow terminal.

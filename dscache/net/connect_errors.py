@@ -118,7 +118,7 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
     """
     if isinstance(error, ReplyError) and not _may_pass(error):
         message = error.message
-        remedy = _LESS_DB if "DB index" in message else ""
+        remedy = remedy_of(error)
         return lambda operation: ReplyError(message, context=f"{operation} at {address}{remedy}")
     if isinstance(error, UnsuitableConfig):
         return lambda operation: ConfigError(f"{operation} at {address}: {shown}")
@@ -128,6 +128,11 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
         kind = ProtocolError if isinstance(error, ProtocolError) else ConnectError
         return lambda operation: kind(f"{operation}: {address}: {shown}")
     return None
+
+
+def remedy_of(refusal: ReplyError) -> str:
+    """Return what to add to a refusal of the handshake; empty if the refusal says enough."""
+    return _LESS_DB if "DB index" in refusal.message else ""
 
 
 def _may_pass(error: ReplyError) -> bool:

@@ -294,7 +294,7 @@ COMMANDS = {
     "delete": ("a",),
     "export": ("-",),
     "import": ("-",),
-    "migrate": ("--to", "hashtag"),
+    "migrate": ("--to", "hashtag", "--yes"),
     "watch": (),
     "bench": ("--seconds", "0.1"),
     "cluster": (),

@@ -73,6 +73,20 @@ def test_an_export(name: str, here: EmbeddedServer, tmp_path: Path) -> None:
     assert (done.status, differences(done)) == (1, {("late", None, 4, "added")})
 
 
+@pytest.mark.parametrize("name", ["out.json", "out.JSON", "out.yml"])
+def test_an_export_with_the_name_of_a_configuration(
+    name: str, here: EmbeddedServer, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    assert invoke("export", str(file), "--url", here.url).status == 0
+    done = invoke("diff", str(file), "--url", here.url)
+    assert (done.status, done.out, done.err) == (0, "", "dscache: equal\n")
+    options = {"host": here.host, "port": here.port}
+    file.write_bytes(msgspec.json.encode({"name": "redis", "options": options}))
+    done = invoke("diff", str(file), "--url", here.url)
+    assert (done.status, done.out, done.err) == (0, "", "dscache: equal\n")
+
+
 def test_an_export_that_is_none(here: EmbeddedServer, tmp_path: Path) -> None:
     file = tmp_path / "records.ndjson"
     file.write_text('{"name":"a","version":1,"data":[]}\nnonsense\n')

@@ -122,7 +122,7 @@ def test_a_round_trip(to: str, url: Url, client: redis_py.Redis) -> None:
     fill(url, old, NAMES)
     client.set("a stranger", 1)
     before = invoke("export", "-", *url, "--layout", old).lines
-    done = invoke("migrate", "--to", to, *url)
+    done = invoke("migrate", "--yes", "--to", to, *url)
     assert (done.status, done.err) == (0, "")
     counts = {name: count for name, count in done.document.items() if count}
     counts.pop("seconds")
@@ -130,16 +130,16 @@ def test_a_round_trip(to: str, url: Url, client: redis_py.Redis) -> None:
     assert keys(client) == keys_of(to, NAMES) | {b"a stranger"}
     after = invoke("export", "-", *url, "--layout", to).lines
     assert sorted(map(json.dumps, after)) == sorted(map(json.dumps, before))
-    again = invoke("migrate", "--to", to, *url).document
+    again = invoke("migrate", "--yes", "--to", to, *url).document
     assert (again["ok"], again["found"], again["remaining"]) == (True, 0, 0)
-    assert invoke("migrate", "--to", old, *url).status == 0
+    assert invoke("migrate", "--yes", "--to", old, *url).status == 0
     assert keys(client) == keys_of(old, NAMES) | {b"a stranger"}
 
 
 def test_many_records(url: Url, client: redis_py.Redis) -> None:
     names = [f"r/{number}" for number in range(5000)]
     fill(url, DEEPSTREAM, names)
-    assert invoke("migrate", "--to", HASHTAG, *url).document["removed"] == 5000
+    assert invoke("migrate", "--yes", "--to", HASHTAG, *url).document["removed"] == 5000
     assert keys(client) == keys_of(HASHTAG, names)
 
 
@@ -165,7 +165,7 @@ def test_a_prefix_of_names_and_of_keys(
     options = {"host": "127.0.0.1", "port": moved.port, "keyPrefix": "p:"}
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"name": "redis", "options": options}))
-    done = invoke("migrate", "--to", HASHTAG, "--prefix", "a/", "--config", str(file))
+    done = invoke("migrate", "--yes", "--to", HASHTAG, "--prefix", "a/", "--config", str(file))
     assert (done.status, done.document["removed"]) == (0, 1)
     stay = {b"p:b_v", b"p:b_d", b"a/2_v", b"a/2_d"}
     assert keys(client) == stay | {b"p:{a/1}_v", b"p:{a/1}_d"}
@@ -175,7 +175,7 @@ def test_ttls_are_kept(url: Url, client: redis_py.Redis) -> None:
     client.mset({"a_v": 1, "a_d": 1, "b_v": 1, "b_d": 1})
     for key in ("a_v", "a_d"):
         client.pexpire(key, 100_000)
-    assert invoke("migrate", "--to", HASHTAG, *url).status == 0
+    assert invoke("migrate", "--yes", "--to", HASHTAG, *url).status == 0
     assert 60 < client.ttl("{a}_v") <= 100
     assert client.ttl("{b}_v") == client.ttl("{b}_d") == -1
 
@@ -186,7 +186,7 @@ def test_ttls_are_kept(url: Url, client: redis_py.Redis) -> None:
 def test_incomplete_records_stay(url: Url, client: redis_py.Redis) -> None:
     client.mset({"half_v": 1, "bad_v": "x", "bad_d": 1, "empty_v": 1, "empty_d": "", "a_v": 1})
     client.set("a_d", "{")  # not JSON, but it can be moved unchanged
-    done = invoke("migrate", "--to", HASHTAG, *url)
+    done = invoke("migrate", "--yes", "--to", HASHTAG, *url)
     assert done.status == 1
     assert (done.document["damaged"], done.document["halves"]) == (2, 1)
     assert (done.document["removed"], done.document["remaining"]) == (1, 3)
@@ -201,7 +201,7 @@ def test_versions_are_compared(url: Url, client: redis_py.Redis) -> None:
     client.mset({"same_v": 2, "same_d": 2, "{same}_v": 2, "{same}_d": 2})
     client.mset({"other_v": 2, "other_d": 7, "{other}_v": 2, "{other}_d": 2})
     client.mset({"torn_v": 2, "torn_d": 7, "{torn}_v": 9})
-    done = invoke("migrate", "--to", HASHTAG, *url)
+    done = invoke("migrate", "--yes", "--to", HASHTAG, *url)
     assert done.status == 1
     counts = {name: done.document[name] for name in ("copied", "present", "removed", "conflicts")}
     assert counts == {"copied": 2, "present": 2, "removed": 4, "conflicts": 1}
@@ -212,7 +212,7 @@ def test_versions_are_compared(url: Url, client: redis_py.Redis) -> None:
 
 def test_damaged_records_at_the_target_stay(url: Url, client: redis_py.Redis) -> None:
     client.mset({"a_v": 1, "a_d": 1, "{a}_v": "x", "{a}_d": 2, "b_v": 1, "b_d": 1})
-    done = invoke("migrate", "--to", HASHTAG, *url)
+    done = invoke("migrate", "--yes", "--to", HASHTAG, *url)
     counts = {name: done.document[name] for name in ("damaged", "copied", "removed", "changing")}
     assert (done.status, counts) == (
         1,
@@ -224,12 +224,12 @@ def test_damaged_records_at_the_target_stay(url: Url, client: redis_py.Redis) ->
 
 def test_a_name_that_would_change_its_record_stays(url: Url, client: redis_py.Redis) -> None:
     fill(url, HASHTAG, ["{a}", "b", "}{0}}c"])
-    done = invoke("migrate", "--to", DEEPSTREAM, *url)
+    done = invoke("migrate", "--yes", "--to", DEEPSTREAM, *url)
     assert (done.status, done.document["ambiguous"], done.document["removed"]) == (1, 2, 1)
     assert keys(client) == keys_of(DEEPSTREAM, ["b"]) | keys_of(HASHTAG, ["{a}", "}{0}}c"])
     # From the other side, they can't be told from the existing ones.
     fill(url, DEEPSTREAM, ["{d}"])
-    assert invoke("migrate", "--to", HASHTAG, *url).document["found"] == 1
+    assert invoke("migrate", "--yes", "--to", HASHTAG, *url).document["found"] == 1
 
 
 # -- with other writers
@@ -249,7 +249,7 @@ def test_a_record_written_before_its_removal_is_moved_again(
         return found
 
     with mock.patch.object(migration.Migration, "_verify", interrupted):
-        done = invoke("migrate", "--to", HASHTAG, *url)
+        done = invoke("migrate", "--yes", "--to", HASHTAG, *url)
     assert (done.status, done.document["removed"], done.document["copied"]) == (0, 2, 2)
     assert client.mget("{a}_v", "{a}_d") == [b"11", b"11"]
     assert keys(client) == keys_of(HASHTAG, ["a", "b"])
@@ -267,10 +267,10 @@ def test_a_record_written_constantly_stays(url: Url, client: redis_py.Redis) -> 
         return found
 
     with mock.patch.object(migration.Migration, "_verify", interrupted):
-        done = invoke("migrate", "--to", HASHTAG, *url)
+        done = invoke("migrate", "--yes", "--to", HASHTAG, *url)
     assert (done.status, done.document["changing"], done.document["remaining"]) == (1, 1, 1)
     assert "record 'a': it keeps changing, or" in done.err
-    assert invoke("migrate", "--to", HASHTAG, *url).document["removed"] == 1
+    assert invoke("migrate", "--yes", "--to", HASHTAG, *url).document["removed"] == 1
 
 
 def test_a_migration_in_three_steps_with_writing_servers(
@@ -295,12 +295,12 @@ def test_a_migration_in_three_steps_with_writing_servers(
     try:
         assert invoke("migrate", "--to", HASHTAG, "--keep", *url).document["removed"] == 0
         # It may leave some that are written constantly, and never loses one.
-        moving = invoke("migrate", "--to", HASHTAG, *url)
+        moving = invoke("migrate", "--yes", "--to", HASHTAG, *url)
         assert moving.document["conflicts"] == 0
     finally:
         ended.set()
         thread.join()
-    assert invoke("migrate", "--to", HASHTAG, *url).status == 0
+    assert invoke("migrate", "--yes", "--to", HASHTAG, *url).status == 0
     assert keys(client) == keys_of(HASHTAG, names)
     for name, version in written.items():
         assert client.mget(*Layout(HASHTAG).keys(name)) == [
@@ -345,9 +345,9 @@ def test_an_interrupted_migration_resumes(url: Url, client: redis_py.Redis) -> N
         return await remove(self, records)
 
     with mock.patch.object(migration.Migration, "_remove", failing):
-        done = invoke("migrate", "--to", HASHTAG, *url)
+        done = invoke("migrate", "--yes", "--to", HASHTAG, *url)
     assert (done.status, done.err) == (1, "dscache: ERR unplugged\n")
-    done = invoke("migrate", "--to", HASHTAG, *url)
+    done = invoke("migrate", "--yes", "--to", HASHTAG, *url)
     assert (done.status, done.document["present"] > 0) == (0, True)
     assert keys(client) == keys_of(HASHTAG, names)
 
@@ -386,6 +386,19 @@ def test_a_terminal_is_asked_before_keys_are_removed(
     assert (sorted(client.keys()) == before) == bool(status)
 
 
+def test_no_terminal_needs_a_yes(url: Url, client: redis_py.Redis) -> None:
+    fill(url, DEEPSTREAM, ["a"])
+    before = sorted(client.keys())
+    refused = invoke("migrate", "--to", HASHTAG, *url)
+    assert refused.status == 2
+    assert "add --yes: without a terminal nobody can be asked" in " ".join(refused.err.split())
+    assert sorted(client.keys()) == before
+    for harmless in ("--dry-run", "--keep"):
+        assert invoke("migrate", "--to", HASHTAG, harmless, *url).status == 0
+    assert client.exists(*keys_of(DEEPSTREAM, ["a"])) == 2
+    assert invoke("migrate", "--to", HASHTAG, "--yes", *url).document["removed"] == 1
+
+
 def test_the_question_names_the_database(url: Url) -> None:
     words = ("migrate", "--to", "hashtag", "--url", f"{url[1]}/3")
     status, written = run_on_terminal(*words, typed=b"n\n")
@@ -404,5 +417,5 @@ def test_every_key_is_documented(url: Url) -> None:
     documented = {code(row[0])[0] for row in table(DOCUMENT, "migrate") if code(row[0])}
     documented = {name for name in documented if not name.startswith("--")}
     assert documented | {"ok", "dry_run", "seconds"} == set(
-        invoke("migrate", "--to", HASHTAG, *url).document
+        invoke("migrate", "--yes", "--to", HASHTAG, *url).document
     )

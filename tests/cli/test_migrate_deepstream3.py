@@ -35,7 +35,9 @@ def one(version: object, data: object) -> str:
 
 
 def migrate(server: EmbeddedServer, *arguments: str, status: int = 0) -> dict[str, Any]:
-    result = invoke("migrate", "--from", "deepstream3", "--url", server.url, "--json", *arguments)
+    result = invoke(
+        "migrate", "--yes", "--from", "deepstream3", "--url", server.url, "--json", *arguments
+    )
     assert result.status == status, result
     document: dict[str, Any] = json.loads(result.out)
     return document
@@ -178,7 +180,7 @@ def test_a_key_prefix(started: EmbeddedServer, client: redis_py.Redis, tmp_path:
     file = tmp_path / "config.yml"
     options = {"host": started.host, "port": started.port, "keyPrefix": "app:"}
     file.write_text(json.dumps({"cache": {"name": "redis", "options": options}}))
-    result = invoke("migrate", "--from", "deepstream3", "--config", str(file), "--json")
+    result = invoke("migrate", "--yes", "--from", "deepstream3", "--config", str(file), "--json")
     assert (result.status, result.document["removed"]) == (0, 2)
     assert set(client.keys()) == {b"app:a_v", b"app:a_d", b"app:b_v", b"app:b_d", b"a", b"app2:c"}
     with Cache.from_config(file) as cache:

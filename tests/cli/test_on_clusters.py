@@ -151,7 +151,7 @@ def test_migrate(to: str, url: Url, group: ClusterGroup) -> None:
     # One that was written since, and one that is newer at the target.
     invoke("set", "r/1", "10000", "[1]", *url, "--layout", old)
     invoke("set", "r/2", "10001", "[2]", *url, "--layout", to)
-    done = invoke("migrate", "--to", to, *url)
+    done = invoke("migrate", "--yes", "--to", to, *url)
     assert (done.status, done.err) == (0, "")
     assert (done.document["copied"], done.document["removed"]) == (1, len(NAMES))
     assert keys(group) == keys_of(to)
@@ -189,7 +189,7 @@ def test_migrate_from_one_key(to: str, group: ClusterGroup, tmp_path: Path) -> N
     assert found["one-key records"]["found"].startswith(f"{len(FEW)} records of deepstream")
     dry = invoke("migrate", *words, "--dry-run")
     assert (dry.status, dry.document["found"], dry.document["copied"]) == (0, *[len(FEW)] * 2)
-    done = invoke("migrate", *words)
+    done = invoke("migrate", "--yes", *words)
     assert (done.status, done.err) == (0, "")
     for count in ("found", "copied", "removed"):
         assert done.document[count] == len(FEW)
@@ -201,7 +201,7 @@ def test_migrate_from_one_key(to: str, group: ClusterGroup, tmp_path: Path) -> N
         assert json.loads(group.owner(data).ask("GET", data)) == [name]
     for key in layout.keys("ü"):
         assert 0 < group.owner(key).ask("PTTL", key) <= 500_000
-    again = invoke("migrate", *words)
+    again = invoke("migrate", "--yes", *words)
     assert (again.status, again.document["found"], again.document["remaining"]) == (0, 0, 0)
 
 
@@ -209,13 +209,13 @@ def test_ttls_and_conflicts_of_two_nodes(url: Url, group: ClusterGroup) -> None:
     invoke("set", "a", "1", "[]", "--ttl", "500", *url)
     invoke("set", "b", "1", "[1]", *url)
     invoke("set", "b", "1", "[2]", *url, "--layout", DEEPSTREAM)
-    done = invoke("migrate", "--to", DEEPSTREAM, *url)
+    done = invoke("migrate", "--yes", "--to", DEEPSTREAM, *url)
     assert (done.status, done.document["conflicts"], done.document["removed"]) == (1, 1, 1)
     for key in ("a_v", "a_d"):
         assert 400 < group.owner(key).ask("TTL", key) <= 500
     # Older ones at the target are replaced, key by key.
     invoke("set", "b", "2", "[3]", *url)
-    done = invoke("migrate", "--to", DEEPSTREAM, *url)
+    done = invoke("migrate", "--yes", "--to", DEEPSTREAM, *url)
     assert (done.status, done.document["copied"], done.document["removed"]) == (0, 1, 1)
     assert group.owner("b_d").ask("GET", "b_d") == "[3]"
 
@@ -290,7 +290,7 @@ def test_doctor(url: Url, group: ClusterGroup, tmp_path: Path) -> None:
     found = {one["check"]: one for one in done.document["findings"]}
     assert (done.status, found["cluster"]["verdict"]) == (2, "bad")
     assert found["halves"]["verdict"] == "warning"
-    invoke("migrate", "--to", DEEPSTREAM, *url)
+    invoke("migrate", "--yes", "--to", DEEPSTREAM, *url)
     found = {one["check"]: one for one in invoke("doctor", *url).document["findings"]}
     assert found["key layout"]["verdict"] == "bad"
 

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -178,7 +179,7 @@ def test_if_newer(url: Url) -> None:
     [
         (b"x", "it is not JSON: character 0: expecting value"),
         (b"[1]", "it is not a record, which is "),
-        (b"[1]", '"data":...}: it is [1]\n'),
+        (b"[1]", '"data":...}: it is [1]; the lines after'),
         (b'{"name":"b","version":1}', '"data" is missing'),
         (b'{"name":"b","version":"1","data":1}', "\"version\" must be a whole number, not '1'"),
         (b'{"name":"b","version":true,"data":1}', '"version" must be a whole number, not True'),
@@ -196,9 +197,18 @@ def test_a_broken_line_ends_the_command_with_its_number(line: bytes, error: str,
     assert done.status == 1
     assert done.err.startswith("dscache: standard input, line 3: ")
     assert error in done.err
+    assert done.err.endswith("; the lines after it weren't tried\n")
     assert done.err.count("\n") == 1
     assert [one["name"] for one in done.lines] == ["a"]
     assert invoke("head", "a", *url).status == 0
+
+
+@pytest.mark.parametrize("command", ["get", "head", "delete", "set"])
+@pytest.mark.parametrize("stdin", [b"", b"\n"])
+def test_an_empty_input_is_told(command: str, stdin: bytes, url: Url) -> None:
+    done = invoke(command, *url, stdin=stdin)
+    what = "record" if command == "set" else "name"
+    assert (done.status, done.out, done.err) == (0, "", f"dscache: no {what} was given\n")
 
 
 def test_an_endless_stream_is_answered_as_it_arrives(url: Url) -> None:
@@ -452,6 +462,32 @@ def test_an_unreachable_server() -> None:
     done = run("get", "a", "--url", "127.0.0.1:1")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "dscache: no connection to 127.0.0.1:1: Connection refused\n"
+
+
+def test_no_names_ask_whether_the_server_can_be_reached(url: Url) -> None:
+    """A script tells a missing record from a lost server so, as the status of both is 1."""
+    assert invoke("head", *url).status == 0
+    assert invoke("head", "a", *url).status == 1
+    assert invoke("head", "--url", "127.0.0.1:1").status == 1
+
+
+def test_a_refused_connection_has_its_remedy(url: Url) -> None:
+    for command in ("ls", "get"):
+        done = invoke(command, "a", "--url", f"{url[1]}/99")
+        assert (done.status, done.out) == (1, "")
+        assert "DB index is out of range" in done.err
+        assert "choose a smaller db, or raise the server's number of databases" in done.err
+
+
+def test_tls_to_a_server_without_it_has_its_remedy(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        options = {"host": "127.0.0.1", "port": silent.getsockname()[1], "connectTimeout": 200}
+        file = tmp_path / "config.yml"
+        file.write_text(json.dumps({"name": "redis", "options": {**options, "tls": True}}))
+        done = invoke("ls", "--config", str(file))
+    assert (done.status, done.out) == (1, "")
+    assert "no answer within 200 ms" in done.err
+    assert done.err.endswith("if it speaks no TLS on this port, use redis:// or leave tls out\n")
 
 
 def test_a_wrong_password_is_not_shown() -> None:

@@ -143,6 +143,13 @@ def test_a_narrow_terminal(looked_at: EmbeddedServer, client: redis_py.Redis) ->
     assert "in/s" not in lines[2]
 
 
+def test_the_help_says_what_a_pipe_gets() -> None:
+    told = " ".join(invoke("top", "--help").out.split())
+    assert "In a pipe it prints one table and ends." in told
+    assert "--json Print a JSON object at each interval, until Ctrl-C; one with --once." in told
+    assert "by default when the output is no terminal" not in told
+
+
 def test_an_unreachable_server() -> None:
     done = run("top", "--url", "127.0.0.1:1")
     assert (done.returncode, done.stdout) == (1, "")
