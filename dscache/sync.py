@@ -131,8 +131,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Both keys of the record are written in one atomic step, unless they lie on two nodes of a
         cluster. ``name`` is any text that isn't empty, and ``version`` an int from 0 to 2^63-1.
         ``data`` is any value that msgspec encodes, a pydantic model, or ``msgspec.Raw`` for text
-        that is JSON already. ``ttl`` is the record's lifetime in whole seconds or as a timedelta:
-        None for the configured default, 0 for no expiry.
+        that is JSON already. Bytes become base64 text. ``ttl`` is the record's lifetime in whole
+        seconds or as a timedelta: None for the configured default, 0 for no expiry.
 
         With ``if_newer``, the record is written only if Redis holds a lower version or no record.
         With ``if_version``, it is written only if Redis holds exactly that version; None stands for
@@ -305,9 +305,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         is over. So ``change`` may be called several times.
 
         ``default`` is the data of a record that doesn't exist. The new data is then written with
-        version 1. ``ttl`` is that of ``set``. With a ``type``, the data that ``change`` gets and
-        the data of the result are of that type, as of ``get``. Updates of one record by one cache
-        run one after the other.
+        version 1. ``ttl`` is that of ``set``: without it, an earlier lifetime ends. With a
+        ``type``, the data that ``change`` gets and the data of the result are of that type, as of
+        ``get``. The update then removes members that the type doesn't name. Updates of one record
+        by one cache run one after the other.
 
         No step begins after ``commandTimeout``. A step that has begun has a ``commandTimeout`` of
         its own.
