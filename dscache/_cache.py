@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, Self, TypeVa
 
 from . import _backend
 from .config import Config, load, load_url
-from .config.sources import Source
+from .config.sources import NO_SOURCE, Source
 from .errors import shorten
 from .net.credentials import check_provider
 
@@ -63,7 +63,7 @@ class CacheBase(Generic[NodesT]):
 
     def __init__(
         self,
-        source: Source | Config,
+        source: Source | Config = NO_SOURCE,
         credentials: CredentialProvider | None = None,
         **options: Any,
     ) -> None:
@@ -80,7 +80,7 @@ class CacheBase(Generic[NodesT]):
     @classmethod
     def from_config(
         cls,
-        source: Source | Config,
+        source: Source | Config = NO_SOURCE,
         *,
         credentials: CredentialProvider | None = None,
         **options: Any,
@@ -93,6 +93,7 @@ class CacheBase(Generic[NodesT]):
         - a mapping of the same shape, or of options alone
         - a URL (``redis://``, ``rediss://``, ``unix://``), ``host:port`` or ``localhost``
         - a Config of ``dscache.config.load``
+        - left out, if ``options`` name the server: ``host="10.0.0.1"``
 
         ``options`` override those of the source. They are named as in a file, or in snake_case:
         ``commandTimeout=200`` or ``command_timeout=200``. ``credentials`` is a

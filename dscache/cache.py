@@ -19,7 +19,7 @@ from .aio.lifecycle import AsyncResource, close_dropped, running_loop
 from .aio.loading import Loads, SlowFetches
 from .aio.memory import MemoryNode
 from .config import Config
-from .config.sources import Source
+from .config.sources import NO_SOURCE, Source
 from .core import failures, typed
 from .core.changes import OMITTED, Omitted, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
@@ -102,7 +102,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
     def __init__(
         self,
-        source: Source | Config,
+        source: Source | Config = NO_SOURCE,
         credentials: CredentialProvider | None = None,
         **options: Any,
     ) -> None:

@@ -16,13 +16,13 @@ from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
+from . import sync
 from .config import load
 from .core import exact_json
 from .core.changes import OMITTED, Successor
 from .core.keys import common_prefix
 from .core.lifetimes import rest_of, version_for
 from .errors import ConfigError, RecordError, RecordMissing, shorten
-from .sync import Cache
 
 try:
     from asgiref.sync import sync_to_async
@@ -35,6 +35,14 @@ except ImportError as error:
 __all__ = ["JSONSerializer", "PickleSerializer", "RecordCache", "Serializer", "close_all"]
 
 T = TypeVar("T")
+
+
+def __getattr__(name: str) -> Any:
+    # Django shows the text of an ImportError, but of no AttributeError.
+    if name == "Cache":
+        raise ImportError("write BACKEND: dscache.django.RecordCache")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 # -- values
 
@@ -94,7 +102,7 @@ _REMEDY: Final = 'convert it, or choose OPTIONS: {"SERIALIZER": "pickle"}'
 # -- the cache
 
 
-class _Entries(Cache):
+class _Entries(sync.Cache):
     """A Cache that also changes a record under a version of the caller's choice."""
 
     def change(
@@ -166,7 +174,7 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
         return _shared.setdefault(self._key, made)
 
     @property
-    def records(self) -> Cache:
+    def records(self) -> sync.Cache:
         """The Cache in use: for metrics, or to wait until it is connected."""
         return self._entries
 

@@ -20,7 +20,7 @@ from .blocking.loading import Loads, SlowFetches
 from .blocking.memory import MemoryPool
 from .blocking.pool import Pool
 from .config import Config
-from .config.sources import Source
+from .config.sources import NO_SOURCE, Source
 from .core import failures, typed
 from .core.changes import OMITTED, check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
@@ -68,7 +68,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
 
     def __init__(
         self,
-        source: Source | Config,
+        source: Source | Config = NO_SOURCE,
         credentials: CredentialProvider | None = None,
         **options: Any,
     ) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import pytest
+try:
+    import pytest
+except ImportError as error:
+    raise ImportError("dscache.testing needs pytest; install pytest") from error
 
 from .cache import AsyncCache
 from .errors import DscacheError

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .. import _backend
 from ..config import Options
+from ..core.failures import remedy_of
 from ..errors import ConnectError, ConnectionLost, DscacheError, ReplyError
-from ..net.connect_errors import as_connect_error, remedy_of
+from ..net.connect_errors import as_connect_error
 from .connection import Connection
 from .endpoint import Endpoint
 from .protocol import SocketProtocol, request, request_greeting
@@ -166,7 +167,7 @@ def connect_failure(error: Exception, address: str, said: Exception) -> DscacheE
     ``said`` is the result of ``as_connect_error`` for it.
     """
     if isinstance(error, ReplyError):
-        return ReplyError(error.message, context=f"connect at {address}{remedy_of(error)}")
+        return ReplyError(error.message, context=f"connect at {address}{remedy_of(error.message)}")
     return ConnectError(f"no connection to {address}: {said}")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from .. import _backend
 from ..config import Options
-from ..core.failures import EndedHere
+from ..core.failures import EndedHere, remedy_of
 from ..errors import ConnectError, ConnectionLost, DscacheError, ProtocolError, ReplyError
 from ..net.connect_errors import as_connect_error
 from ..net.slot_table import NodeInfo
@@ -66,7 +66,8 @@ class ControlConnection(Connection):
             raise_foreign(error)
             address = self.pipeline.address
             if isinstance(error, ReplyError):
-                raise ReplyError(error.message, context=f"connect at {address}") from error
+                remedy = remedy_of(error.message)
+                raise ReplyError(error.message, context=f"connect at {address}{remedy}") from error
             reason = self._reason or as_connect_error(error, options.connect_timeout)
             raise ConnectError(f"no connection to {address}: {reason}") from error
         return self

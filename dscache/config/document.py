@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial, wraps
 from itertools import islice
 from typing import Any, TypeVar, cast
@@ -211,6 +212,8 @@ class Document(Tree):
         if not plain:
             return value
         typed = _typed(value)
+        if value == "" != written and ":-".translate(self._mask) not in written:
+            return Scalar(None, "")
         if isinstance(typed, str) or (typed is None and (value == "" or value == written)):
             return typed
         return Scalar(typed, value)
@@ -254,8 +257,11 @@ def read_text(path: str, place: Location) -> str:
         problem = f"{path} {error}"
     except FileNotFoundError:
         problem = f"there is no file {path}"
+        if not os.path.isabs(path):
+            with suppress(OSError):
+                problem += f" in {os.getcwd()}"
     except UnicodeDecodeError as error:
-        problem = f"{path} isn't UTF-8 text (byte {error.start})"
+        problem = f"{path} isn't UTF-8 text (byte {error.start}); save it as UTF-8"
     except (OSError, ValueError) as error:
         problem = f"{path} can't be read: {getattr(error, 'strerror', None) or error}"
     raise place.error(problem)

@@ -34,6 +34,10 @@ _logger = logging.getLogger("dscache")
 ARGUMENTS: Final = Location("arguments")
 _EXAMPLE: Final = "cache: {name: redis, options: {host: localhost, port: 6379}}"
 _HOT_PATHS: Final = "storageHotPathPrefixes"
+# Options that say which Redis. A cache in memory would ignore them.
+_LOGIN: Final = ("username", "password", "sentinelUsername", "sentinelPassword")
+_SERVERS: Final = ("url", "host", "port", "path", "sentinels", "name", "nodes", "natMap")
+_OF_REDIS: Final = frozenset((*_LOGIN, *_SERVERS, "db", "tls", "redisOptions"))
 _REDIS_PLUGINS: Final = ("@deepstream/cache-redis", "deepstream.io-cache-redis")
 
 
@@ -64,7 +68,7 @@ def load(
     ``source`` is one of these:
 
     - the path of a ``.yml``, ``.yaml`` or ``.json`` file, a str or PathLike
-    - a mapping
+    - a mapping, which is empty if ``options`` name the server
     - a URL, ``host:port`` or ``localhost``
     - a Config, which is returned
 
@@ -84,7 +88,8 @@ def load(
     if isinstance(opened, ParsedUrl):
         stated = Config(options=read(Options, opened.options, Location(opened.shown)))
         return _overridden(stated, fields, opened.shown, os.getcwd())
-    if isinstance(source, Mapping) and has_options_alone(Options, source):
+    is_by_keyword = not source and bool(given.keys() & _OF_REDIS)
+    if isinstance(source, Mapping) and (is_by_keyword or has_options_alone(Options, source)):
         place = opened.place
         merged, places = with_url(source, place)
         chosen = replace(read(Options, merged, place), **fields)
@@ -97,6 +102,8 @@ def load(
     content = opened.value(node, entry_place)
     section, places = read_section(PluginSection, content, entry_place, _EXAMPLE)
     chosen = replace(section.options, **fields)
+    if section.name is UNSET and section.path is None:
+        _check_nameless(places | arguments, entry_place)
     check_cluster(chosen, places | arguments)
     return Config(
         name=_name(section, entry_place),
@@ -196,6 +203,16 @@ def _hot_paths(tree: Tree) -> tuple[str, ...]:
                 raise here.error("must be a list of the beginnings of names")
             return tuple(text(one, here.item(index)) for index, one in enumerate(written))
     return ()
+
+
+def _check_nameless(places: Mapping[str, Location], place: Location) -> None:
+    """Raise ConfigError for a section without a name whose options name a Redis."""
+    stated = next((where for name, where in places.items() if name in _OF_REDIS), None)
+    if stated is not None:
+        option = stated.path.rpartition(".")[2]
+        raise place.at("name").error(
+            f"is missing, and {option} is for Redis; add name: redis (or name: memory)"
+        )
 
 
 def _name(section: PluginHead, place: Location) -> Literal["redis", "memory"]:

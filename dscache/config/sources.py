@@ -17,13 +17,25 @@ from ..errors import ConfigError
 from . import url
 from .address import join_address
 from .document import SUFFIXES, Document, Tree
-from .validation import ConfigStruct, Location, is_null, nearest, read, redact_key, text
+from .validation import (
+    EMPTY,
+    ConfigStruct,
+    Location,
+    is_emptied,
+    is_null,
+    nearest,
+    read,
+    redact_key,
+    text,
+)
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
+NO_SOURCE: Final[Mapping[str, Any]] = {}
+"""The source of a cache whose server is named by keyword."""
 ENTRY_KEYS = frozenset(("name", "path", "type", "options"))
 """Keys of a deepstream plug-in's section."""
 _HEAD_KEYS = ("name", "path", "type")
-_UNSET: Final = "; is the variable set that it comes from?"
+_UNSET: Final = EMPTY.removeprefix("is empty")
 
 
 SectionT = TypeVar("SectionT", bound=ConfigStruct)
@@ -62,8 +74,10 @@ def _meant_by(word: str) -> str:
     bare = word.strip()
     if bare == "memory":
         return '; for a cache in memory write {"name": "memory"}'
-    if bare != word and is_url(bare):
+    if bare != word and (is_url(bare) or bare.lower().endswith(SUFFIXES)):
         return "; leave out the space around it"
+    if re.fullmatch(r"[A-Za-z0-9.-]+:", bare):
+        return f"; the port is missing, write {bare}6379"
     if "@" in bare:
         return "; begin a URL with redis://"
     with suppress(ValueError):
@@ -162,7 +176,9 @@ def with_url(
     here = place.at("url")
     stated: dict[str, object] = {}
     written = options.get("url")
-    if written is not None and written != "":
+    if written == "" or is_emptied(written):
+        raise here.error(EMPTY)
+    if written is not None:
         stated = url.parse(text(written, here, secret=True), here).options
     places = {
         name: place.at(name)

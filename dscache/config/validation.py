@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Final, NamedTuple, NoReturn, TypeVar, cast
 
 import msgspec
 from msgspec import inspect
@@ -25,6 +25,8 @@ from ..errors import ConfigError, shorten
 _logger = logging.getLogger("dscache")
 _INTEGER = re.compile(r"[-+]?[0-9]{1,100}")
 _UNSUITABLE = re.compile("[\0\ud800-\udfff]")
+
+EMPTY: Final = "is empty; is the variable set that it comes from?"
 
 Secret = Annotated[str, msgspec.Meta(extra={"secret": True})]
 
@@ -59,7 +61,8 @@ class Location(NamedTuple):
 class Scalar(msgspec.Struct, frozen=True):
     """An unquoted number, boolean or null of a file: its value and its source text.
 
-    A password written as ``012345`` is that text, while a port is the number.
+    A password written as ``012345`` is that text, while a port is the number. A null without text
+    is that of an empty variable.
     """
 
     value: bool | int | float | None
@@ -144,6 +147,11 @@ def is_null(written: object) -> bool:
     return _plain(written) is None
 
 
+def is_emptied(written: object) -> bool:
+    """Return whether a value of a file comes from empty variables alone."""
+    return isinstance(written, Scalar) and not written.text
+
+
 def text(written: object, place: Location, *, secret: bool = False) -> str:
     """Return ``written`` as text; a number or word of a file keeps its source text.
 
@@ -211,11 +219,13 @@ def _value(kind: inspect.Type, written: object, place: Location) -> object:
     if isinstance(kind, inspect.StrType):
         # A Scalar is never null here: one whose value is null came from the environment, and a
         # password spelled "null" is a password.
-        if written is None or (nullable and written == ""):
+        if written is None or (nullable and (written == "" or is_emptied(written))):
             return None
         secret = bool(extra.get("secret"))
         result = text(written, place, secret=secret)
         if kind.pattern is not None and not re.fullmatch(kind.pattern, result):
+            if not result:
+                raise place.error(EMPTY)
             _refuse(written, place, str(extra["expected"]), secret)
         return result
     plain = _plain(written)

@@ -120,6 +120,12 @@ def bad_if_newer(subject: str, if_newer: object) -> RecordError:
     return RecordError(f"{subject}: if_newer must be True or False, not {shorten(if_newer)}")
 
 
+def check_switch(operation: str, option: str, value: object) -> None:
+    """Raise UsageError for an option that is true, as any text is, and not True."""
+    if value and value != 1:
+        raise UsageError(f"{operation}: {option} must be True or False, not {shorten(value)}")
+
+
 def check_ttl(name: str, ttl: object) -> int:
     """Return a ttl in whole seconds, or raise RecordError."""
     seconds = ttl if type(ttl) is int else whole_seconds(ttl)
@@ -136,8 +142,8 @@ def bad_ttl(operation: str, ttl: object) -> RecordError:
 def _bad_ttl(ttl: object) -> str:
     remedy = "; write 0 for no lifetime" if ttl == timedelta(0) else ""
     return (
-        f"ttl must be whole seconds from 1 to {c.MAX_TTL}, 0 for none or None for the configured "
-        f"default, not {shorten(ttl)}{remedy}"
+        f"ttl must be whole seconds from 1 to {c.MAX_TTL} as an int or a timedelta, 0 for none or "
+        f"None for the configured default, not {shorten(ttl)}{remedy}"
     )
 
 
@@ -200,6 +206,27 @@ def damaged_version(name: str, stored: bytes | None = None) -> RecordDamaged:
     )
 
 
+# By the code of a server's error, or words in it. Redis names neither a remedy nor its own option.
+_REMEDIES: Final = {
+    "WRONGPASS": "check username and password",
+    "NOAUTH": "set password, and username if the server has users",
+    "NOPERM": "let ACL SETUSER give this user the command and the keys",
+    "OOM": "raise maxmemory of the server, or choose a maxmemory-policy that evicts",
+    "invalid bulk length": ("write less data, or raise proto-max-bulk-len of the server"),
+    "DB index": (
+        "choose a smaller db, or raise the server's number of databases, which is 16 by default"
+    ),
+}
+
+
+def remedy_of(message: str) -> str:
+    """Return what to do about a server's error, behind a semicolon, or an empty text."""
+    for said, remedy in _REMEDIES.items():
+        if message.startswith(said) or (" " in said and said in message):
+            return f"; {remedy}"
+    return ""
+
+
 def bulk_failure(
     operation: str, errors: Mapping[str, Exception], total: int, result: object
 ) -> Exception:
@@ -209,6 +236,7 @@ def bulk_failure(
     """
     first = next(iter(errors.values()))
     if len(errors) == total and all(isinstance(error, ReplyError) for error in errors.values()):
+        of_call(first, operation, next(iter(errors)))
         return first
     return BulkError(operation, errors, result)
 
@@ -246,7 +274,8 @@ def of_call(error: Exception, call: str, name: str | None = None) -> None:
     subjects = ["_bulk"]
     if name is not None:
         call = f"{call} {shorten(name)}"
-        subjects += [f" {shorten(one)}" for one in (name, name + NOTE_SUFFIX)]
+        names = [shorten(one) for one in (name, name + NOTE_SUFFIX)]
+        subjects += [f"{form} {one}" for one in names for form in ("", "_bulk")]
     for subject in subjects:
         for word in _STEPS:
             end = start + len(word) + len(subject)

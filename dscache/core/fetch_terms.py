@@ -145,7 +145,8 @@ def _checked_seconds(operation: str, option: str, value: Lifetime | None) -> int
     seconds = whole_seconds(value)
     if value is not None and (seconds is None or not 1 <= seconds <= c.MAX_TTL):
         raise RecordError(
-            f"{operation}: {option} must be whole seconds from 1 to {c.MAX_TTL} or None, "
+            f"{operation}: {option} must be whole seconds from 1 to {c.MAX_TTL} as an int or a "
+            "timedelta, or None, "
             f"not {shorten(value)}"
         )
     return seconds

@@ -77,8 +77,11 @@ def encode_tolerantly(name: str, data: object) -> bytes:
         return tolerant_json.encode(data)
     except Exception as error:  # whatever a user's own type raises belongs to this record
         raise_interruption(error)
+        remedy = ""
+        if "Encoding objects of type" in str(error):
+            remedy = "; convert it to a dict, list, str or another type that msgspec encodes"
         raise RecordError(
-            f"record {shorten(name)}: data can't be encoded: {error}", name=name
+            f"record {shorten(name)}: data can't be encoded: {error}{remedy}", name=name
         ) from error
 
 
@@ -92,7 +95,8 @@ def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
     except ValueError as error:
         raise_interruption(error)
         raise RecordDamaged(
-            f"record {shorten(name)}, version {version}: stored data is no JSON: {error}",
+            f"record {shorten(name)}, version {version}: stored data is no JSON: {error}; "
+            "set or delete the record to repair it",
             name=name,
         ) from error
 
@@ -105,7 +109,13 @@ def _new_decoder(type_: Any) -> Callable[[bytes], Any]:
             f"type must be a class or another type, not the text {shorten(type_)}; write the type "
             "itself, and get_bulk reads several records"
         )
-    return msgspec.json.Decoder(type_, dec_hook=decode_model).decode
+    try:
+        return msgspec.json.Decoder(type_, dec_hook=decode_model).decode
+    except TypeError as error:
+        raise_interruption(error)
+        raise TypeError(
+            f"type={shorten(type_)}: {error}; give a class or another type that msgspec decodes"
+        ) from error
 
 
 _known_decoder = lru_cache(maxsize=256)(_new_decoder)

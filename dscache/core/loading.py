@@ -395,9 +395,7 @@ def _load(held: dict[str, int], terms: Terms, outcome: Outcome, *, refresh: bool
     except Exception as error:
         for name in wanted:
             del held[name]
-        said = said or (
-            str(error) if isinstance(error, AwaitedLoad) else f"raised {type(error).__name__}"
-        )
+        said = said or (str(error) if isinstance(error, AwaitedLoad) else f"raised {_shown(error)}")
         yield from _fail(tokens, terms, outcome, error, said, refresh=refresh)
     else:
         yield from _store(held, wanted, loaded, found, terms, outcome, refresh=refresh)
@@ -438,7 +436,7 @@ def _store_each(
         # A load that was cancelled has told nothing of its source.
         if isinstance(failed, Failed) and isinstance(failed.error, Exception):
             token = {name: held.pop(name)}
-            said = f"raised {type(failed.error).__name__}"
+            said = f"raised {_shown(failed.error)}"
             yield from _fail(token, terms, outcome, failed.error, said, refresh=True)
     if loaded:
         yield from _store(held, loaded, loaded, bases, terms, outcome, refresh=True)
@@ -472,6 +470,22 @@ def _fail(
         failure = LoadError(f"record {shorten(name)}: its load {said}", name=name)
         failure.__cause__ = error
         outcome.errors[name] = failure
+
+
+def _shown(error: Exception) -> str:
+    """Return the class of a load's exception, and of a load that can't be called so its text.
+
+    Other texts may contain a secret of the load's source.
+    """
+    shown = type(error).__name__
+    if type(error) is not TypeError or "argument" not in str(error):
+        return shown
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    # Python refuses the arguments of a call in the frame of the caller.
+    caller = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__"))
+    return f"{shown}: {str(error)[:200]}" if caller.startswith("dscache.") else shown
 
 
 def _failed_before(name: str, note: Any) -> LoadError:

@@ -232,7 +232,8 @@ def _drop(pipeline: Pipeline, batch: Batch, name: str) -> None:
 def refusal(pipeline: Pipeline, error: ReplyError, kind: int, name: str) -> Callable[[], Exception]:
     """Return a function that makes the error of one record from an error reply."""
     context = f"{failures.describe(kind, name)} at {pipeline.address}"
-    return lambda: ReplyError(error.message, context=context)
+    remedy = failures.remedy_of(error.message)
+    return lambda: ReplyError(error.message, context=f"{context}{remedy}")
 
 
 def refusal_at(

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from ..core.constants import PASSING
-from ..core.failures import ErrorOf
+from ..core.failures import ErrorOf, remedy_of
 from ..errors import ConfigError, ConnectError, DscacheError, ProtocolError, ReplyError, clean
 from .sockets import EndOfTls, NoneAccepts
 
@@ -27,9 +27,6 @@ _LASTING: Final = ("DENIED", "NOAUTH", "NOPERM", "WRONGPASS")
 # nothing: it closes the connection, or waits for more.
 IF_TLS: Final = "; if it speaks TLS on this port, use rediss:// or tls: true"
 IF_PLAIN: Final = "; if it speaks no TLS on this port, use redis:// or leave tls out"
-_LESS_DB: Final = (
-    "; choose a smaller db, or raise the server's number of databases, which is 16 by default"
-)
 # OpenSSL's names for bytes that are no TLS.
 _NO_TLS: Final = (
     "HTTP_REQUEST",
@@ -118,7 +115,7 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
     """
     if isinstance(error, ReplyError) and not _may_pass(error):
         message = error.message
-        remedy = remedy_of(error)
+        remedy = remedy_of(message)
         return lambda operation: ReplyError(message, context=f"{operation} at {address}{remedy}")
     if isinstance(error, UnsuitableConfig):
         return lambda operation: ConfigError(f"{operation} at {address}: {shown}")
@@ -128,11 +125,6 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
         kind = ProtocolError if isinstance(error, ProtocolError) else ConnectError
         return lambda operation: kind(f"{operation}: {address}: {shown}")
     return None
-
-
-def remedy_of(refusal: ReplyError) -> str:
-    """Return what to add to a refusal of the handshake; empty if the refusal says enough."""
-    return _LESS_DB if "DB index" in refusal.message else ""
 
 
 def _may_pass(error: ReplyError) -> bool:

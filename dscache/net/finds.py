@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Generic, TypeVar, cast
 
 from ..core import typed
-from ..core.failures import check_prefix, of_call
+from ..core.failures import check_prefix, check_switch, of_call
 from ..core.holder import Holder, Place
 from ..core.keys import names_with
 from ..errors import BulkError, UsageError, shorten
@@ -130,6 +130,7 @@ def check_arguments(
     prefix: object, count: object, cursor: object, type: Any, *, records: bool
 ) -> None:
     """Raise UsageError for a bad argument of ``scan``, and TypeError for an unknown type."""
+    check_switch("scan", "records", records)
     if type is not None:
         typed.check_type(type)
         if not records:

@@ -29,7 +29,7 @@ from .._interruptions import raise_interruption
 from .._locks import make_lock
 from ..config import Options
 from ..core import typed
-from ..core.failures import check_prefix
+from ..core.failures import check_prefix, check_switch
 from ..core.keys import KeyLayout, names_with
 from ..core.record import DataT
 from ..errors import BulkError, RecordError, ReplyError, UsageError, shorten
@@ -115,6 +115,7 @@ class Changes:
         as_type: Any = None,
     ) -> None:
         check_arguments(prefix, max_pending)
+        check_switch("watch", "records", records)
         if as_type is not None:
             typed.check_type(as_type)
         layout = KeyLayout(options.key_prefix, options.hash_tag)

@@ -24,7 +24,7 @@ import django.test
 import msgspec
 import pytest
 import redis as redis_py
-from django.core.cache import CacheHandler, caches
+from django.core.cache import CacheHandler, InvalidCacheBackendError, caches
 from django.core.cache.backends.base import CacheKeyWarning
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest, JsonResponse
@@ -576,6 +576,13 @@ def test_by_settings_and_a_file(server: EmbeddedServer, make: Make, tmp_path: Pa
     assert cache.records.config.options.near_cache is not None
     cache.set("key", 1)
     assert handler["bare"].records.get("site:4:key") is not None
+
+
+def test_the_class_of_another_module() -> None:
+    handler = CacheHandler({"default": {"BACKEND": "dscache.django.Cache"}})
+    with pytest.raises(InvalidCacheBackendError, match=r"BACKEND: dscache\.django\.RecordCache"):
+        _ = handler["default"]
+    assert not hasattr(backend_module, "Other")
 
 
 @pytest.mark.parametrize(

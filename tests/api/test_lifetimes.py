@@ -141,8 +141,8 @@ async def test_others_are_refused_in_the_words_for_ints(
             begin = call[0] if call[0].startswith("fetch") else "record 'n'"
             zero = "" if ttl else "; write 0 for no lifetime"
             assert str(caught.value) == (
-                f"{begin}: ttl must be whole seconds from 1 to 10000000000, 0 for none or None for "
-                f"the configured default, not {ttl!r}{zero}"
+                f"{begin}: ttl must be whole seconds from 1 to 10000000000 as an int or a "
+                f"timedelta, 0 for none or None for the configured default, not {ttl!r}{zero}"
             )
         assert await cache.do("get", "n") is None
     with pytest.raises(dscache.ConfigError, match=r"ttl: must be a whole number.* not datetime\."):

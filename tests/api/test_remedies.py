@@ -25,6 +25,7 @@ from dscache.errors import (
     LoadError,
     MessageError,
     ProtocolError,
+    RecordDamaged,
     RecordError,
     RecordMissing,
     ReplyError,
@@ -138,6 +139,52 @@ async def test_an_if_newer_that_is_a_text(kind: str, source: dict[str, Any]) -> 
         await either.do("delete", "a")
 
 
+@KINDS
+@pytest.mark.parametrize("type_", [5, (int, str)], ids=["int", "tuple"])
+async def test_a_type_that_is_none(kind: str, source: dict[str, Any], type_: Any) -> None:
+    said = re.escape(f"type={type_!r}: ") + ".*; give a class or another type that msgspec decodes"
+    async with Either(kind, **source) as either:
+        for operation, arguments in (
+            ("get", ("a",)),
+            ("get_bulk", (["a"],)),
+            ("update", ("a", lambda data: data)),
+        ):
+            with pytest.raises(TypeError, match=f"^{said}$"):
+                await either.do(operation, *arguments, type=type_)
+        with pytest.raises(TypeError, match=f"^{said}$"):
+            await either.do("fetch", "a", lambda name: 1, ttl=1, type=type_)
+        with pytest.raises(TypeError, match=f"^{said}$"):
+            await either.all("a", records=True, type=type_)
+
+
+@KINDS
+async def test_records_of_a_scan_and_a_watch_that_is_a_text(
+    kind: str, source: dict[str, Any]
+) -> None:
+    async with Either(kind, **source) as either:
+        with pytest.raises(UsageError, match=r"^scan: records must be True or False, not 'no'$"):
+            either.cache.scan("a", records="no")
+        if source != {"name": "memory"}:
+            with pytest.raises(UsageError, match=r"^watch: records must be True or False, not"):
+                either.cache.watch("a", records="no")
+        assert await either.all("none", records=1) == []
+
+
+@KINDS
+async def test_data_that_is_no_json(
+    kind: str, source: dict[str, Any], server: EmbeddedServer, redis: redis_py.Redis
+) -> None:
+    async with Either(kind, **source) as either:
+        said = "Encoding objects of type object is unsupported; convert it to a dict, list, str or"
+        with pytest.raises(RecordError, match=said):
+            await either.do("set", "a", 1, {"x": object()})
+        if source != {"name": "memory"}:
+            redis.mset({"a_v": "1", "a_d": "{"})
+            record = await either.do("get", "a")
+            with pytest.raises(RecordDamaged, match=r"no JSON: .*; set or delete the record"):
+                _ = record.data
+
+
 # -- operations that are made of others
 
 
@@ -185,6 +232,46 @@ async def test_a_refusal_names_the_call(
     ):
         with pytest.raises(ReplyError, match=r"\(fetch 'a' at 127.0.0.1:"):
             await either.do("fetch", "a", lambda name: 1, ttl=1)
+
+
+REFUSALS = {
+    "WRONGPASS invalid username-password pair": "check username and password",
+    "NOAUTH Authentication required.": "set password, and username if the server has users",
+    "NOPERM User x has no permissions": "let ACL SETUSER give this user the command and the keys",
+    "OOM command not allowed": "raise maxmemory of the server, or choose a maxmemory-policy that",
+    "ERR Protocol error: invalid bulk length": "write less data, or raise proto-max-bulk-len of",
+}
+
+
+@KINDS
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda words: words.split()[0])
+async def test_a_refusal_of_the_server_has_a_remedy(kind: str, backend: str, refusal: str) -> None:
+    said = f"^{re.escape(refusal)} .*; {REFUSALS[refusal]}"
+    answers = {"MSET": f"-{refusal}\r\n".encode()}
+    async with FakeServer(answers) as fake, Either(kind, url=fake.url) as either:
+        with pytest.raises(ReplyError, match=said) as caught:
+            await either.do("set", "q1", 1, 1)
+        assert "(set 'q1' at " in str(caught.value)
+        with pytest.raises(ReplyError, match=said) as caught:
+            await either.do("set_bulk", {"q1": (1, 1), "q2": (1, 1)})
+        assert "(set_bulk 'q1' at " in str(caught.value)
+
+
+@KINDS
+async def test_a_load_that_takes_no_name(kind: str, source: dict[str, Any]) -> None:
+    """Python's own text is shown. That of another exception may contain a secret."""
+    said = r"its load raised TypeError: .*takes 0 positional arguments but 1 was given$"
+
+    def load(_: Any) -> Any:
+        raise TypeError(f"bad argument: {SECRET}")
+
+    async with Either(kind, **source) as either:
+        with pytest.raises(LoadError, match=said):
+            await either.do("fetch", "no name", lambda: 1, ttl=1)
+        with pytest.raises(BulkError, match=r"its load raised TypeError: .*takes 0 positional"):
+            await either.do("fetch_bulk", ["no names"], lambda: {}, ttl=1)
+        with pytest.raises(LoadError, match=r"its load raised TypeError$"):
+            await either.do("fetch", "secret", load, ttl=1)
 
 
 @KINDS

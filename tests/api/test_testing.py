@@ -37,6 +37,14 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run_tests
 
 
+def test_without_pytest() -> None:
+    code = "import sys; sys.modules['pytest'] = None; import dscache.testing"
+    done = subprocess.run(
+        (sys.executable, "-c", code), capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert "ImportError: dscache.testing needs pytest; install pytest" in done.stderr
+
+
 MEMORY = """
     import asyncio
 

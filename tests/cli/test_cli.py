@@ -388,7 +388,8 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
 def test_a_wrong_password(group: ClusterGroup) -> None:
     said = failure(run("cluster", "--url", url_of(group.nodes[0], "wrong-one")))
     assert said.startswith("WRONGPASS ")
-    assert said.endswith(f"(connect at {place(group.nodes[0])})")
+    where = place(group.nodes[0])
+    assert said.endswith(f"(connect at {where}; check username and password)")
     assert "wrong-one" not in said
     said = failure(run("cluster", "--url", f"redis://{place(group.nodes[0])}"))
     assert said.startswith("NOAUTH ")

@@ -63,6 +63,17 @@ def test_options_by_keyword(source: Any, given: dict[str, Any]) -> None:
     assert Cache.from_config(source, **given).config.options == wanted
 
 
+@pytest.mark.parametrize("kind", [AsyncCache, Cache])
+def test_a_server_by_keyword_alone(kind: Any) -> None:
+    for make in (kind, kind.from_config):
+        assert make(host="127.0.0.1", db=3).config == load({"host": "127.0.0.1", "db": 3})
+        assert make(nodes=[{"host": "n"}]).config.address == "n:6379"
+        with pytest.raises(ConfigError, match=r"no section cache.*; write cache: {name: redis"):
+            make()
+        with pytest.raises(ConfigError, match="no section cache"):
+            make(ttl=5)
+
+
 def test_options_override_the_source() -> None:
     source = {"cache": {"name": "redis", "options": {"host": "h", "ttl": 60, "db": 2}}}
     options = AsyncCache(source, ttl=5, near_cache={"maxAge": 10}).config.options

@@ -227,6 +227,50 @@ def test_memory(entry: Mapping[str, Any]) -> None:
     assert (config.name, config.address) == ("memory", "memory")
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "host: h",
+        "port: 1",
+        "password: hunter2-secret",
+        "url: redis://h",
+        "nodes: [{}]",
+        "tls: true",
+    ],
+)
+def test_options_of_redis_without_a_name(option: str, write: Callable[..., Path]) -> None:
+    """A cache in memory would ignore them."""
+    name, _, _ = option.partition(":")
+    said = f"name: is missing, and {name} is for Redis; add name: redis (or name: memory)"
+    file = write(f"cache:\n  options:\n    commandTimeout: 9\n    {option}\n")
+    assert refusal(load, file) == f"config.yml: cache.{said}"
+    assert refusal(load, write(f"options: {{{option}}}")) == f"config.yml: {said}"
+    assert refusal(load, write(f"cache: {{type: default, options: {{{option}}}}}")) == (
+        f"config.yml: cache.{said}"
+    )
+    assert load(write(f"cache: {{name: memory, options: {{{option}}}}}")).name == "memory"
+
+
+def test_keywords_of_redis_without_a_name() -> None:
+    said = "cache.name: is missing, and host is for Redis; add name: redis (or name: memory)"
+    for section in ({}, {"options": {}}):
+        given = {"host": "redis.prod"}
+        assert refusal(load, {"cache": section}, options=given) == f"mapping: {said}"
+        assert load({"cache": section}, options={"ttl": 5}).name == "memory"
+    assert load({"cache": {"options": {"ttl": 5, "keyPrefix": "a:"}}}).name == "memory"
+
+
+@pytest.mark.parametrize("option", ["host", "url"])
+@pytest.mark.parametrize("written", ["${X}", "'${X}'", "${X}${X}"])
+def test_an_empty_variable_is_no_server(option: str, written: str, read: Read) -> None:
+    assert refusal(read, f"{option}: {written}", X="") == (
+        f"config.yml: cache.options.{option}: is empty; is the variable set that it comes from?"
+    )
+    assert refusal(read, f"nodes: [{{host: {written}}}]", X="").endswith(
+        "nodes[0].host: is empty; is the variable set that it comes from?"
+    )
+
+
 def test_a_file_with_only_a_cache_entry(write: Callable[..., Path]) -> None:
     path = write("name: redis\noptions: {prot: 1}\n")
     assert refusal(load, path) == ('config.yml: options.prot: unknown option, did you mean "port"?')
@@ -303,6 +347,8 @@ def test_no_cache_entry(source: Any, message: str) -> None:
         ("otherhost", "otherhost", "; for a server of this name write otherhost:6379"),
         ("127.0.0.1", "127.0.0.1", "; for a server at this address write 127.0.0.1:6379"),
         ("::1", "::1", "; for a server at this address write [::1]:6379"),
+        ("config.yml ", "config.yml ", "; leave out the space around it"),
+        ("localhost:", "localhost:", "; the port is missing, write localhost:6379"),
         ("memory", "memory", '; for a cache in memory write {"name": "memory"}'),
         ("h:6379 ", "h:6379 ", "; leave out the space around it"),
         (f"user:{SECRET}@h:6379", "h:6379", "; begin a URL with redis://"),
@@ -331,13 +377,16 @@ def test_an_unset_variable_as_the_source() -> None:
 def test_missing_and_unreadable_files(tmp_path: Path, write: Callable[..., Path]) -> None:
     missing = tmp_path / "missing.yml"
     assert refusal(load, missing) == f"missing.yml: there is no file {missing}"
+    assert refusal(load, "missing.yml") == (
+        f"missing.yml: there is no file missing.yml in {os.getcwd()}"
+    )
     folder = tmp_path / "folder.yml"
     folder.mkdir()
     assert refusal(load, folder) == f"folder.yml: {folder} is a folder; name a file in it"
     assert re.search("can't be read: .*embedded null", refusal(load, "a\0.yml"))
     latin = tmp_path / "latin.yml"
     latin.write_bytes(b"cache: \xe9")
-    assert refusal(load, latin) == f"latin.yml: {latin} isn't UTF-8 text (byte 7)"
+    assert refusal(load, latin) == f"latin.yml: {latin} isn't UTF-8 text (byte 7); save it as UTF-8"
     assert refusal(load, write("")) == (
         f"config.yml: is empty, or has only comments; write {EXAMPLE}"
     )
@@ -700,10 +749,8 @@ def field(found: Options, line: str) -> object:
             f"host: redis://:{SECRET}@h",
             "host: must be a host name or an address, without a port (a URL is for url), not text",
         ),
-        (
-            "host: ''",
-            "host: must be a host name or an address, without a port (a URL is for url), not ''",
-        ),
+        ("host: ''", "host: is empty; is the variable set that it comes from?"),
+        ("url: ''", "url: is empty; is the variable set that it comes from?"),
         ("host: [h]", "host: must be text, not a list"),
         ("host: {h: 1}", "host: must be text, not a mapping"),
         (f"password: [{SECRET}]", "password: must be text, not a list"),
@@ -780,7 +827,7 @@ def field(found: Options, line: str) -> object:
         ),
         (
             "nearCache: {prefixes: ['']}",
-            "nearCache.prefixes[0]: must be the beginning of names, not ''",
+            "nearCache.prefixes[0]: is empty; is the variable set that it comes from?",
         ),
         (
             "nearCache: {mode: broadcast, prefixes: [user/, a, user/1]}",
@@ -986,6 +1033,7 @@ def test_environment_arrives_unchanged(written: str, value: str, read: Read) -> 
         ("tls: ${X}", "false", None),
         ("ttl: ${X}", "", None),
         ("host: a${X}b${X}", "-", "a-b-"),
+        ("host: ${X:-}", None, "localhost"),
         ("password: ${X}", "", None),
         ("password: '${X}'", "", None),
         ("keyPrefix: ${X:-a: b, [#c]}", None, "a: b, [#c]"),
@@ -1183,7 +1231,7 @@ def test_missing_options_are_not_logged(notes: Notes) -> None:
     options()
     options(nodes=[{}])
     options(nodes=[{}], host=None, port=None, password=None, username=None, tls=None, db=None)
-    options(nodes=[{}], url="", path="", db=0, connectionName="", ttl=5)
+    options(nodes=[{}], url=None, path="", db=0, connectionName="", ttl=5)
     load({"name": "redis", "options": None})
     load("redis://h/1")
     assert notes() == []
@@ -1618,8 +1666,7 @@ def test_url_option() -> None:
     )
     assert options(url="unix:///s", **own).path == "/s"
     assert options(url="redis://:p@", **own).path == "/own"
-    for nothing in (None, ""):
-        assert options(url=nothing, port=5) == Options(port=5)
+    assert options(url=None, port=5) == Options(port=5)
     tls = {"servername": "s", "checkHostname": True}
     assert options(url="rediss://h?ssl_check_hostname=no", tls=tls).tls == Tls(
         servername="s", check_hostname=False

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from dscache.core import constants as c
-from dscache.core import refusals, scripts
+from dscache.core import failures, refusals, scripts
 from dscache.errors import (
     BulkError,
     ConnectError,
@@ -1456,8 +1456,8 @@ def test_a_refused_command_fails_only_its_callers(
     assert refused.error.code == code
     assert refused.error.message == message
     name = operation.argument if isinstance(operation.argument, str) else "a"
-    method = operation.method.removesuffix("_bulk")
-    assert str(refused.error) == f"{message} ({method} {name!r} at {ADDRESS})"
+    remedy = failures.remedy_of(message)
+    assert str(refused.error) == f"{message} ({operation.method} {name!r} at {ADDRESS}{remedy})"
 
 
 def test_a_refused_batch_fails_each_waiter(exchange: Exchange) -> None:
@@ -2194,7 +2194,8 @@ def test_a_refused_raw_command_is_not_sent_again(exchange: Exchange, message: st
     exchange.assert_drained()
     assert exchange.take() == []
     assert isinstance(waiter.error, ReplyError)
-    assert str(waiter.error) == f"{message} (command 'HELLO' at {ADDRESS})"
+    remedy = failures.remedy_of(message)
+    assert str(waiter.error) == f"{message} (command 'HELLO' at {ADDRESS}{remedy})"
     assert later.result() is True
 
 
