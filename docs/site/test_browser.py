@@ -314,7 +314,8 @@ def test_code_is_copied_without_prompts(browser: Browser, url: str) -> None:
     browser.wait(f"{button}.length === {blocks}")
     browser.run(f"{button}[0].click()")
     copied = browser.wait("navigator.clipboard.readText()")
-    assert copied.startswith("import dscache\ncache = dscache.AsyncCache")
+    assert copied.startswith("import dscache")
+    assert "\nawait cache.set(" in copied
     assert ">>>" not in copied
 
 
