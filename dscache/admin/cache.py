@@ -8,11 +8,12 @@ from contextlib import asynccontextmanager, closing
 from msgspec.structs import replace
 
 from ..aio.connection import Connection
-from ..aio.control import ControlConnection, connect_failure, is_clustered
+from ..aio.control import ControlConnection, is_clustered
 from ..cache import AsyncCache, Topology
 from ..config import Config, Node, RedisOptions
 from ..config.validation import Location
 from ..errors import DscacheError, ReplyError
+from ..net.connect_errors import connect_failure
 
 
 class AdminCache(AsyncCache):

@@ -128,7 +128,7 @@ def _decode_tolerantly(text: bytes, refusal: Exception) -> Line:
 
 
 def _fault(value: object) -> str:
-    """Return why a decoded line is no record, or "" if that isn't known."""
+    """Return what keeps a decoded line from being a record, or "" if nothing is found."""
     if not isinstance(value, dict):
         return f"it is {shorten(value)}"
     for name in ("name", "version", "data"):

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .. import _backend
 from ..config import Options
-from ..core.failures import remedy_of
-from ..errors import ConnectError, ConnectionLost, DscacheError, ReplyError
-from ..net.connect_errors import as_connect_error
+from ..errors import ConnectionLost, DscacheError, ReplyError
+from ..net.connect_errors import as_connect_error, connect_failure
 from .connection import Connection
 from .endpoint import Endpoint
 from .protocol import SocketProtocol, request, request_greeting
@@ -159,16 +158,6 @@ class _IgnoreProgress:
 
     def on_writable(self) -> None:
         """Do nothing: every command is already written."""
-
-
-def connect_failure(error: Exception, address: str, said: Exception) -> DscacheError:
-    """Return the error to raise for an attempt to connect that ended with ``error``.
-
-    ``said`` is the result of ``as_connect_error`` for it.
-    """
-    if isinstance(error, ReplyError):
-        return ReplyError(error.message, context=f"connect at {address}{remedy_of(error.message)}")
-    return ConnectError(f"no connection to {address}: {said}")
 
 
 async def is_clustered(server: ControlConnection) -> bool:

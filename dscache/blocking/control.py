@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from .. import _backend
 from ..config import Options
-from ..core.failures import EndedHere, remedy_of
-from ..errors import ConnectError, ConnectionLost, DscacheError, ProtocolError, ReplyError
-from ..net.connect_errors import as_connect_error
+from ..core.failures import EndedHere
+from ..errors import ConnectionLost, DscacheError, ProtocolError
+from ..net.connect_errors import as_connect_error, connect_failure
 from ..net.slot_table import NodeInfo
 from .connection import Connection
 from .connector import Connector
@@ -64,12 +64,8 @@ class ControlConnection(Connection):
             if not isinstance(error, _FAILURES):
                 raise
             raise_foreign(error)
-            address = self.pipeline.address
-            if isinstance(error, ReplyError):
-                remedy = remedy_of(error.message)
-                raise ReplyError(error.message, context=f"connect at {address}{remedy}") from error
-            reason = self._reason or as_connect_error(error, options.connect_timeout)
-            raise ConnectError(f"no connection to {address}: {reason}") from error
+            said = self._reason or as_connect_error(error, options.connect_timeout)
+            raise connect_failure(error, self.pipeline.address, said) from error
         return self
 
     def request(self, *commands: RawCommand) -> list[Any]:

@@ -64,8 +64,8 @@ def top(
 
     Shows operations, hits, times, memory, clients and slow nodes. With --metrics, shows the load of
     a program's caches instead, as dscache.prometheus exports it. In a pipe it prints one table and
-    ends. With --json it prints an object at each interval, until Ctrl-C. If it prints
-    once and ends, the exit status is 1 if a server is down.
+    ends. With --json it prints an object at each interval, until Ctrl-C. If it prints once and
+    ends, the exit status is 1 if a server is down.
     """
     is_live = sys.stdout.isatty() and not once and not as_json
     title = ""

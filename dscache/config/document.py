@@ -212,6 +212,8 @@ class Document(Tree):
         if not plain:
             return value
         typed = _typed(value)
+        # The text of an empty variable isn't the null that an empty scalar is, nor one that the
+        # file itself defaults to by ${NAME:-}.
         if value == "" != written and ":-".translate(self._mask) not in written:
             return Scalar(None, "")
         if isinstance(typed, str) or (typed is None and (value == "" or value == written)):

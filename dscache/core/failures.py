@@ -212,7 +212,7 @@ _REMEDIES: Final = {
     "NOAUTH": "set password, and username if the server has users",
     "NOPERM": "let ACL SETUSER give this user the command and the keys",
     "OOM": "raise maxmemory of the server, or choose a maxmemory-policy that evicts",
-    "invalid bulk length": ("write less data, or raise proto-max-bulk-len of the server"),
+    "invalid bulk length": "write less data, or raise proto-max-bulk-len of the server",
     "DB index": (
         "choose a smaller db, or raise the server's number of databases, which is 16 by default"
     ),

@@ -107,6 +107,16 @@ def _refusal_of_tls(reason: str) -> str:
     return f"the server refuses the TLS connection: {said}{remedy}"
 
 
+def connect_failure(error: Exception, address: str, said: Exception) -> DscacheError:
+    """Return the error to raise for an attempt to connect that ended with ``error``.
+
+    ``said`` is the result of ``as_connect_error`` for it.
+    """
+    if isinstance(error, ReplyError):
+        return ReplyError(error.message, context=f"connect at {address}{remedy_of(error.message)}")
+    return ConnectError(f"no connection to {address}: {said}")
+
+
 def permanent_failure(error: Exception, shown: Exception, address: str) -> ErrorOf | None:
     """Return how operations fail at once, or None if the next attempt may help soon.
 

@@ -1,4 +1,4 @@
-"""What a watch keeps for its caller: no change and no loss leaves it without an event."""
+"""The changes and losses that wait for the caller of a watch. Each of them becomes an event."""
 
 from __future__ import annotations
 
