@@ -446,14 +446,22 @@ class Pool:
     def move_to(self, connection: Connection, server: str) -> None:
         """Use this connection and later ones in place of all others: idle ones end now."""
         self._note_success(connection, server)
-        self._retire(lambda other: True)
-        if not self._closed and self._reserve(connection):
-            self._put_back(connection)
-        else:
+        # If all places are taken, one becomes free below. Else the connection is there before the
+        # others end, so that no thread finds none and makes another.
+        is_placed = self._place(connection)
+        self._retire(lambda other: other is not connection)
+        if not is_placed and not self._place(connection):
             self._drop(connection)
         moved = None if self._on_moved is None else self._on_moved()
         if moved is not None:
             moved()
+
+    def _place(self, connection: Connection) -> bool:
+        """Give a connection to the threads, if a place is free; return whether it is."""
+        if self._closed or not self._reserve(connection):
+            return False
+        self._put_back(connection)
+        return True
 
     # -- the life of the pool
 
