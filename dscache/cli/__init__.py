@@ -14,9 +14,12 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from ..errors import DscacheError, reason_of
-from . import signals
-from .streams import discard_rest
+from .._start import CommandImports, end, is_interrupt
+
+with CommandImports():
+    from ..errors import DscacheError, reason_of
+    from . import signals
+    from .streams import discard_rest
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -27,10 +30,10 @@ _EXTRA = ("typer", "rich")
 
 def main() -> None:
     """Run the command that the command line names. Raises SystemExit."""
-    _open_standard_files()
-    # A free-threaded Python warns when redis-py imports hiredis. A command has one busy thread.
-    warnings.filterwarnings("ignore", "The global interpreter lock", RuntimeWarning)
     try:
+        _open_standard_files()
+        # A free-threaded Python warns when redis-py imports hiredis. A command has one busy thread.
+        warnings.filterwarnings("ignore", "The global interpreter lock", RuntimeWarning)
         with signals.handled_as_interrupt():
             # The version needs no extra.
             app = _print_version if sys.argv[1:] == ["--version"] else _imported_app()
@@ -50,12 +53,9 @@ def main() -> None:
         _fail(f"{where}{error.strerror or error}")
     except BaseException as ended:
         # Also an error in which Python or an import has wrapped the KeyboardInterrupt.
-        if not signals.have_caused(ended):
+        if not is_interrupt(ended):
             raise
-        # Python notes an interrupt that came while it executed text, as dataclasses do, and would
-        # end by SIGINT in place of the status. Other text removes the note.
-        exec("")
-        sys.exit(signals.exit_status())
+        end(signals.exit_status())
 
 
 def _print_version() -> None:

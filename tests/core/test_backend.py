@@ -152,3 +152,15 @@ asyncio.run(main())
         assert ended.stderr == ""
         assert ended.stdout.startswith("True dscache memory cache")
         assert ended.stdout.endswith(f"{name} core\n")
+
+
+def test_a_cache_is_imported_on_first_use() -> None:
+    ended = run(
+        "import sys, dscache\n"
+        "print({'dscache.cache', 'dscache.sync', 'redis', 'yaml'} & {*sys.modules})\n"
+        "print({*dscache.__all__} - {*dir(dscache)})\n"
+        "module = dscache.cache\n"
+        "from dscache import *\n"
+        "print(AsyncCache is module.AsyncCache, 'AsyncCache' in vars(dscache))\n"
+    )
+    assert (ended.returncode, ended.stdout) == (0, "set()\nset()\nTrue True\n"), ended.stderr
