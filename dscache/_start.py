@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import NoReturn
 
+# The variable that chooses the core; errors about it begin with its name.
+BACKEND_VARIABLE = "DSCACHE_BACKEND"
+
 
 class CommandImports:
     """A context in which the modules of the command line are imported.
 
-    Ctrl-C ends the process with the status 130. In other programs the context does nothing.
+    Ctrl-C ends the process with the status 130, and a wrong DSCACHE_BACKEND with one line and the
+    status 2. In other programs the context does nothing.
     """
 
     def __enter__(self) -> None:
@@ -30,6 +34,10 @@ class CommandImports:
             return
         if is_interrupt(error):
             end(130)
+        if isinstance(error, ImportError) and str(error).startswith(BACKEND_VARIABLE):
+            if sys.stderr is not None:
+                print(f"dscache: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 def is_interrupt(error: BaseException) -> bool:

@@ -1,8 +1,8 @@
 """The command line: ``dscache COMMAND ...``, which is also ``python -m dscache``.
 
 Exit status: 0 if all is well; 1 if it isn't, or after an error of dscache, which is one line on
-standard error; 2 for a wrong command line; 128 plus the number of the signal after Ctrl-C, SIGTERM
-or SIGHUP.
+standard error; 2 for a wrong command line or core; 128 plus the number of the signal after Ctrl-C,
+SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
