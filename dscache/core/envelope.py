@@ -169,7 +169,7 @@ def decode_tolerantly(topic: int, sender: str, raw: bytes, payload: bytes | None
     except (ValueError, LookupError, TypeError) as error:
         raise_interruption(error)
         raise MessageError(
-            f"message on topic {topic} from {shorten(sender)}: it is no JSON: {error}"
+            f"message on topic {topic} from {shorten(sender)}: it isn't JSON: {error}"
         ) from error
 
 

@@ -95,7 +95,7 @@ def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
     except ValueError as error:
         raise_interruption(error)
         raise RecordDamaged(
-            f"record {shorten(name)}, version {version}: stored data is no JSON: {error}; "
+            f"record {shorten(name)}, version {version}: the stored data isn't JSON: {error}; "
             "set or delete the record to repair it",
             name=name,
         ) from error

@@ -181,7 +181,7 @@ async def test_data_that_is_no_json(
         if source != {"name": "memory"}:
             redis.mset({"a_v": "1", "a_d": "{"})
             record = await either.do("get", "a")
-            with pytest.raises(RecordDamaged, match=r"no JSON: .*; set or delete the record"):
+            with pytest.raises(RecordDamaged, match=r"isn't JSON: .*; set or delete the record"):
                 _ = record.data
 
 

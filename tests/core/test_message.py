@@ -441,7 +441,7 @@ def test_a_message_of_invalid_json(core: Any) -> None:
     dispatcher.take(b"4", OPENING + b"{]}}")
     (message,) = queue.messages
     for _ in range(2):
-        with pytest.raises(MessageError, match="message on topic 4 from 'A': it is no JSON: "):
+        with pytest.raises(MessageError, match="message on topic 4 from 'A': it isn't JSON: "):
             _ = message.data
     with pytest.raises(MessageError):
         core.Message(4, "A", b"{]").data  # noqa: B018

@@ -272,7 +272,7 @@ def test_a_model_is_written_as_its_own_json(core: Any) -> None:
         (b'{"years":"x","born":7.5}', Model, "name: Field required and 2 more"),
         (b"[]", Model, "Input should be an object"),
         (rb'{"name":"\ud800"}', Model, ""),
-        (b"{", Model, "stored data is no JSON"),
+        (b"{", Model, "the stored data isn't JSON"),
     ],
     ids=str,
 )
@@ -425,7 +425,7 @@ def test_a_bulk_fails_with_the_records_that_do_not_fit(reads: Reads) -> None:
         assert list(errors) == ["b", "c", "d"]
         assert all(type(error) is RecordDamaged for error in errors.values())
         assert str(errors["b"]) == "record 'b', version 1: Expected `object`, got `array`"
-        assert "stored data is no JSON" in str(errors["d"])
+        assert "the stored data isn't JSON" in str(errors["d"])
         assert list(failure.value.result) == ["a"]
         assert failure.value.result["a"].data == User("Ada")
 
@@ -539,7 +539,7 @@ def test_a_bulk_adds_its_misfits_to_the_damaged_records(core: Any) -> None:
     with pytest.raises(BulkError) as failure:
         reads.get_bulk([*"abc"], User)
     assert list(failure.value.errors) == ["b", "c"]
-    assert "its stored version is no integer" in str(failure.value.errors["b"])
+    assert "its stored version isn't an integer" in str(failure.value.errors["b"])
     assert failure.value.result["a"].data == User("Ada")
 
 
