@@ -45,8 +45,9 @@ def _check(type_: Any) -> None:
         if isinstance(info, msgspec.inspect.CustomType):
             if not (is_model(info.cls) or any(issubclass(each, info.cls) for each in _PLAIN)):
                 raise TypeError(
-                    f"type {shorten(type_)}: msgspec makes no {info.cls.__qualname__} of JSON; "
-                    "use a Struct, a dataclass or another type of its documentation"
+                    f"type={shorten(type_)}: msgspec can't decode JSON into "
+                    f"{info.cls.__qualname__}; give a Struct, a dataclass or another type of its "
+                    "documentation"
                 )
             continue
         for name in info.__struct_fields__:

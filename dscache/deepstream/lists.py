@@ -75,8 +75,8 @@ class Lists:
     async def remove(self, name: str, entry: str) -> list[str]:
         """Remove all occurrences of an entry, and tell the subscribers; the result is all entries.
 
-        Raises UsageError for an entry that isn't text. Raises RecordError if the record isn't a list
-        of texts. The call also raises the errors of ``peer.records.update``.
+        Raises UsageError for an entry that isn't text. Raises RecordError if the record isn't a
+        list of texts. The call also raises the errors of ``peer.records.update``.
         """
         _check_entry("remove", entry)
 

@@ -448,7 +448,7 @@ def test_files_that_are_never_read(kind: str, place: str, tmp_path: Path) -> Non
             check=False,
         )
     assert done.returncode == 0, done.stderr[-2000:]
-    why = "more than" if kind == "large" else "no regular file but a pipe, socket or device"
+    why = "more than" if kind == "large" else "isn't a regular file but a pipe, socket or device"
     assert why in done.stdout
     assert done.stdout.startswith("config.yml: cache.options." if place else "odd.yml: ")
     assert place in done.stdout

@@ -431,6 +431,8 @@ def test_the_data_of_a_message_is_decoded(core: Any, monkeypatch: pytest.MonkeyP
         message.decode(dict[str, int])
     with pytest.raises(AttributeError, match="immutable"):
         message.topic = 5
+    with pytest.raises(TypeError, match=r"^type must be a class or another type .*, not 5$"):
+        message.decode(5)
     with pytest.raises(AttributeError, match="immutable"):
         del message.topic
 

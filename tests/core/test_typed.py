@@ -462,9 +462,9 @@ class Inside(msgspec.Struct):
 @pytest.mark.parametrize("kind", [Unknown, Inside, list[Unknown], set[Unknown], complex])
 def test_a_class_that_msgspec_can_not_make_is_refused_at_the_call(reads: Reads, kind: Any) -> None:
     for _ in range(2):
-        with pytest.raises(TypeError, match="msgspec makes no"):
+        with pytest.raises(TypeError, match=r"^type=.*: msgspec can't decode JSON into [UIc]"):
             reads.issue("a", kind)
-        with pytest.raises(TypeError, match="msgspec makes no"):
+        with pytest.raises(TypeError, match=r"^type=.*: msgspec can't decode JSON into [UIc]"):
             reads.issue_bulk(["a"], kind)
 
 
