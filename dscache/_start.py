@@ -6,12 +6,12 @@ This module imports next to nothing, since it guards the other imports.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 TYPE_CHECKING = False  # typing takes longer to import than all of this
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import NoReturn
+    from types import FrameType, TracebackType
 
 # The variable that chooses the core; errors about it begin with its name.
 BACKEND_VARIABLE = "DSCACHE_BACKEND"
@@ -25,40 +25,31 @@ class CommandImports:
     """
 
     def __enter__(self) -> None:
-        pass
+        self._is_command = _is_command_line()
+        self._ends = False
+        if self._is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            try:
+                signal.signal(signal.SIGINT, _end)
+                self._ends = True
+            except ValueError:  # in another thread than the main one
+                pass
 
     def __exit__(
         self, kind: object, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None or not _is_command_line():
+        if self._ends:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self._is_command or not isinstance(error, ImportError):
             return
-        if is_interrupt(error):
-            end(130)
-        if isinstance(error, ImportError) and str(error).startswith(BACKEND_VARIABLE):
+        if str(error).startswith(BACKEND_VARIABLE):
             if sys.stderr is not None:
                 print(f"dscache: {error}", file=sys.stderr)
             sys.exit(2)
 
 
-def is_interrupt(error: BaseException) -> bool:
-    """Return whether an exception is KeyboardInterrupt, or was raised because of one.
-
-    Python and typer replace it by exceptions of their own.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, KeyboardInterrupt):
-            return True
-        cause = cause.__context__
-    return False
-
-
-def end(status: int) -> NoReturn:
-    """End the process with an exit status after KeyboardInterrupt."""
-    # Python notes an interrupt that came while it executed text, as dataclasses do, and would end
-    # by SIGINT in place of the status. Other text removes the note.
-    exec("")
-    sys.exit(status)
+def _end(number: int, frame: FrameType | None) -> None:
+    # KeyboardInterrupt would crash msgspec while it makes a decoder. Nothing is to be cleaned up.
+    os._exit(128 + number)
 
 
 def _is_command_line() -> bool:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from .._start import CommandImports, end, is_interrupt
+from .._start import CommandImports
 
 with CommandImports():
     from ..errors import DscacheError, reason_of
@@ -53,9 +53,12 @@ def main() -> None:
         _fail(f"{where}{error.strerror or error}")
     except BaseException as ended:
         # Also an error in which Python or an import has wrapped the KeyboardInterrupt.
-        if not is_interrupt(ended):
+        if not signals.have_caused(ended):
             raise
-        end(signals.exit_status())
+        # Python notes an interrupt that came while it executed text, as dataclasses do, and would
+        # end by SIGINT in place of the status. Other text removes the note.
+        exec("")
+        sys.exit(signals.exit_status())
 
 
 def _print_version() -> None:

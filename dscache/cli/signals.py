@@ -74,6 +74,19 @@ def exit_status() -> int:
     return 128 + _received
 
 
+def have_caused(error: BaseException) -> bool:
+    """Return whether an exception was raised because of an interrupt.
+
+    typer replaces KeyboardInterrupt by exceptions with a status of its own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            return True
+        cause = cause.__context__
+    return False
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     global _received
     _received = signal.Signals(number)
