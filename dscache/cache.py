@@ -21,9 +21,10 @@ from .aio.memory import MemoryNode
 from .config import Config
 from .config.sources import NO_SOURCE, Source
 from .core import failures, typed
-from .core.changes import OMITTED, Omitted, check_arguments, check_change
+from .core.changes import check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.fetch_terms import checked_names, no_load
+from .core.markers import KEEP, OMITTED, Omitted, Ttl
 from .core.patches import patch_of
 from .errors import BulkError, ConfigError, ConnectionLost, UsageError, shorten
 
@@ -51,7 +52,7 @@ class _Operations(Protocol):
         name: str,
         version: int,
         data: Any,
-        ttl: int | timedelta | None,
+        ttl: Ttl,
         if_newer: bool,
         if_version: IfVersion,
     ) -> asyncio.Future[bool]: ...
@@ -61,7 +62,7 @@ class _Operations(Protocol):
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | timedelta | None,
+        ttl: Ttl,
         if_newer: bool,
         if_version: IfVersions,
     ) -> asyncio.Future[builtins.set[str]]: ...
@@ -154,7 +155,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         version: int,
         data: Any,
         *,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> asyncio.Future[bool]:
@@ -165,7 +166,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         ``data`` is any value that msgspec encodes, a pydantic model, or ``msgspec.Raw`` for text
         that is JSON already. Bytes become base64 text. The data is encoded at the call. ``ttl`` is
         the record's lifetime in whole seconds or as a timedelta: None for the configured default,
-        0 for no expiry.
+        0 for no expiry, ``dscache.KEEP`` for what is left of the lifetime that the record has.
 
         With ``if_newer``, the record is written only if Redis holds a lower version or no record.
         With ``if_version``, it is written only if Redis holds exactly that version; None stands for
@@ -244,7 +245,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         self,
         records: Mapping[str, tuple[int, Any]],
         *,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> asyncio.Future[builtins.set[str]]:
@@ -301,7 +302,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         change: Callable[[Any], Any],
         *,
         default: Any = ...,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         type: None = None,
     ) -> Coroutine[Any, Any, Record | None]: ...
     @overload
@@ -311,7 +312,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         change: Callable[[T], Any],
         *,
         default: Any = ...,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         type: type[T],
     ) -> Coroutine[Any, Any, Record[T] | None]: ...
     @overload
@@ -321,7 +322,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         change: Callable[[Any], Any],
         *,
         default: Any = ...,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         type: Any,
     ) -> Coroutine[Any, Any, Record | None]: ...
     def update(
@@ -330,7 +331,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         change: Callable[[Any], Any],
         *,
         default: Any = OMITTED,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         type: Any = None,
     ) -> Coroutine[Any, Any, Record | None]:
         """Change a record's data; the result is the Record as it is then, or None without one.
@@ -344,7 +345,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         is over. So ``change`` may be called several times.
 
         ``default`` is the data of a record that doesn't exist. The new data is then written with
-        version 1. ``ttl`` is that of ``set``: without it, an earlier lifetime ends. With a
+        version 1. ``ttl`` is that of ``set``: ``dscache.KEEP`` keeps the record's lifetime, and
+        without a ``ttl`` it ends. With a
         ``type``, the data that ``change`` gets and the data of the result are of that type, as of
         ``get``. The update then removes members that the type doesn't name. Updates of one record
         by one cache run one after the other.
@@ -374,7 +376,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         path: str | None = None,
         value: Any = OMITTED,
         default: Any = OMITTED,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
     ) -> Coroutine[Any, Any, Record]:
         """Change part of a record's data; the result is the Record.
 
@@ -387,14 +389,15 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
           way are created.
 
         ``default`` and ``ttl`` are those of ``update``. A patch that changes nothing writes
-        nothing, unless it has a ``ttl``. The result is a coroutine, which must be awaited.
+        nothing, unless its ``ttl`` is a lifetime. The result is a coroutine, which must be awaited.
 
         Raises RecordError at the call for a bad patch or path. Raises RecordError if the data has
         no place for the value. The call also raises the errors of ``update``.
         """
         name, text = check_arguments(name, default, ttl)
         change = patch_of(name, merge, path, value)
-        patched = self._change("patch", name, change, text, ttl, ttl is None)
+        if_changed = ttl is None or ttl is KEEP
+        patched = self._change("patch", name, change, text, ttl, if_changed)
         return cast("Coroutine[Any, Any, Record]", patched)  # a patch removes no record
 
     def _end_notes(self, names: Iterable[str], *, removed: bool) -> None:
@@ -793,7 +796,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         name: str,
         change: Callable[[Any], Any],
         default: bytes | Omitted,
-        ttl: int | timedelta | None,
+        ttl: Ttl,
         if_changed: bool = False,
         type: Any = None,
     ) -> Coroutine[Any, Any, Record | None]:

@@ -19,9 +19,10 @@ import msgspec
 from . import sync
 from .config import load
 from .core import exact_json
-from .core.changes import OMITTED, Successor
+from .core.changes import Successor
 from .core.keys import common_prefix
 from .core.lifetimes import rest_of, version_for
+from .core.markers import OMITTED
 from .errors import ConfigError, RecordError, RecordMissing, shorten
 
 try:

@@ -22,9 +22,10 @@ from .blocking.pool import Pool
 from .config import Config
 from .config.sources import NO_SOURCE, Source
 from .core import failures, typed
-from .core.changes import OMITTED, check_arguments, check_change
+from .core.changes import check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.fetch_terms import checked_names, is_async, no_load, not_plain
+from .core.markers import KEEP, OMITTED, Ttl
 from .core.patches import patch_of
 from .errors import BulkError, ConnectionLost, DscacheError, shorten
 
@@ -122,7 +123,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         version: int,
         data: Any,
         *,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> bool:
@@ -132,7 +133,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         cluster. ``name`` is any text that isn't empty, and ``version`` an int from 0 to 2^63-1.
         ``data`` is any value that msgspec encodes, a pydantic model, or ``msgspec.Raw`` for text
         that is JSON already. Bytes become base64 text. ``ttl`` is the record's lifetime in whole
-        seconds or as a timedelta: None for the configured default, 0 for no expiry.
+        seconds or as a timedelta: None for the configured default, 0 for no expiry,
+        ``dscache.KEEP`` for what is left of the lifetime that the record has.
 
         With ``if_newer``, the record is written only if Redis holds a lower version or no record.
         With ``if_version``, it is written only if Redis holds exactly that version; None stands for
@@ -207,7 +209,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         self,
         records: Mapping[str, tuple[int, Any]],
         *,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> builtins.set[str]:
@@ -262,7 +264,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         change: Callable[[Any], Any],
         *,
         default: Any = ...,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         type: None = None,
     ) -> Record | None: ...
     @overload
@@ -272,7 +274,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         change: Callable[[_T], Any],
         *,
         default: Any = ...,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         type: type[_T],
     ) -> Record[_T] | None: ...
     @overload
@@ -282,7 +284,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         change: Callable[[Any], Any],
         *,
         default: Any = ...,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         type: Any,
     ) -> Record | None: ...
     def update(
@@ -291,7 +293,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         change: Callable[[Any], Any],
         *,
         default: Any = OMITTED,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         type: Any = None,
     ) -> Record | None:
         """Change a record's data; return the Record as it is then, or None without one.
@@ -305,7 +307,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         is over. So ``change`` may be called several times.
 
         ``default`` is the data of a record that doesn't exist. The new data is then written with
-        version 1. ``ttl`` is that of ``set``: without it, an earlier lifetime ends. With a
+        version 1. ``ttl`` is that of ``set``: ``dscache.KEEP`` keeps the record's lifetime, and
+        without a ``ttl`` it ends. With a
         ``type``, the data that ``change`` gets and the data of the result are of that type, as of
         ``get``. The update then removes members that the type doesn't name. Updates of one record
         by one cache run one after the other.
@@ -340,7 +343,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         path: str | None = None,
         value: Any = OMITTED,
         default: Any = OMITTED,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
     ) -> Record:
         """Change part of a record's data; return the Record.
 
@@ -353,7 +356,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
           way are created.
 
         ``default`` and ``ttl`` are those of ``update``. A patch that changes nothing writes
-        nothing, unless it has a ``ttl``.
+        nothing, unless its ``ttl`` is a lifetime.
 
         Raises RecordError for a bad patch or path. Raises RecordError if the data has no place for
         the value. The call also raises the errors of ``update``.
@@ -365,7 +368,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
             self._warn_of_hot_paths((name,))
         if self._loads.checks.keeps_missing:
             self._end_notes((name,), removed=True)
-        patched = self._changes.apply(run, "patch", name, change, text, ttl, ttl is None)
+        if_changed = ttl is None or ttl is KEEP
+        patched = self._changes.apply(run, "patch", name, change, text, ttl, if_changed)
         return cast("Record", patched)  # a patch removes no record
 
     def _changing_run(self) -> _Run:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..core.changes import KEEP
 from ..core.failures import of_call
+from ..core.markers import KEEP
 from ..errors import DscacheError, RecordError, UsageError, shorten
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -28,8 +27,9 @@ from msgspec import UNSET, UnsetType
 from .. import _backend
 from .._seconds import whole_seconds
 from ..aio.background_task import BackgroundTask
-from ..core.changes import DELETE, KEEP, OMITTED, check_change
+from ..core.changes import check_change
 from ..core.failures import bad_names, check_iterable, closed, of_call
+from ..core.markers import DELETE, KEEP, OMITTED, Ttl
 from ..core.patches import patch_of
 from ..errors import (
     ConnectionLost,
@@ -119,7 +119,7 @@ class Records:
         self._check_open()
         return self._cache.get(name)
 
-    async def set(self, name: str, data: Any, *, ttl: int | timedelta | None = None) -> Record:
+    async def set(self, name: str, data: Any, *, ttl: Ttl = None) -> Record:
         """Write a record, and tell the subscribers; the result is the Record written.
 
         ``data`` is an object or an array, because deepstream takes everything else for a missing
@@ -150,7 +150,7 @@ class Records:
         change: Callable[[Any], Any],
         *,
         default: Any = OMITTED,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
     ) -> Record | None:
         """Change a record's data, and tell the subscribers; the result is the Record, or None.
 
@@ -169,7 +169,7 @@ class Records:
         name: str,
         change: Callable[[Any], Any],
         default: Any,
-        ttl: int | timedelta | None,
+        ttl: Ttl,
     ) -> Record | None:
         self._check_guarded(operation, name)
         check_change(operation, change)
@@ -206,24 +206,25 @@ class Records:
         value: Any = OMITTED,
         *,
         default: Any = OMITTED,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
     ) -> Record:
         """Change one value of a record, and tell the subscribers; the result is the Record.
 
         ``path`` is one of deepstream's client, such as ``address.street``. Without a ``value``, the
-        value there is removed. A patch that changes nothing writes and tells nothing, unless it has
-        a ``ttl``. ``default`` and ``ttl`` are those of ``AsyncCache.update``.
+        value there is removed. A patch that changes nothing writes and tells nothing, unless its
+        ``ttl`` is a lifetime. ``default`` and ``ttl`` are those of ``AsyncCache.update``.
 
         Raises UsageError under a prefix of ``record.storageHotPathPrefixes``. The call also raises
         the errors of ``AsyncCache.patch``.
         """
         self._check_guarded("patch", name)
         patched = patch_of(name, OMITTED, path, value)
+        keeps = ttl is None or ttl is KEEP
 
         def change(data: Any) -> Any:
             before = _backend.core.encode_data(name, data)
             after = patched(data)
-            unchanged = ttl is None and _backend.core.encode_data(name, after) == before
+            unchanged = keeps and _backend.core.encode_data(name, after) == before
             return KEEP if unchanged else after
 
         record = await self._update("patch", name, change, default, ttl)
@@ -309,7 +310,7 @@ class Records:
 
     # -- telling
 
-    async def _tell_written(self, record: Record, ttl: int | timedelta | None) -> None:
+    async def _tell_written(self, record: Record, ttl: Ttl) -> None:
         name = record.name
         lifetime = self._cache.config.options.ttl if ttl is None else whole_seconds(ttl)
         if lifetime and len(self._expiries) < _MAX_WAITING:
