@@ -123,7 +123,7 @@ class Records:
         """Write a record, and tell the subscribers; the result is the Record written.
 
         ``data`` is an object or an array, because deepstream takes everything else for a missing
-        record. The version is one above the one in Redis, and 1 for a new record. Under a prefix of
+        record. The version is the one in Redis plus 1, or 1 for a new record. Under a prefix of
         ``record.storageHotPathPrefixes`` it is always 0. ``ttl`` is that of ``AsyncCache.set``.
 
         If the message to the servers can't be sent, the call returns normally, and the message is
@@ -210,9 +210,10 @@ class Records:
     ) -> Record:
         """Change one value of a record, and tell the subscribers; the result is the Record.
 
-        ``path`` is one of deepstream's client, such as ``address.street``. Without a ``value``, the
-        value there is removed. A patch that changes nothing writes and tells nothing, unless its
-        ``ttl`` is a lifetime. ``default`` and ``ttl`` are those of ``AsyncCache.update``.
+        ``path`` is a path as in deepstream's client, such as ``address.street``. Without a
+        ``value``, the value at that path is removed. A patch that changes nothing writes and tells
+        nothing, unless its ``ttl`` is a lifetime. ``default`` and ``ttl`` are those of
+        ``AsyncCache.update``.
 
         Raises UsageError under a prefix of ``record.storageHotPathPrefixes``. The call also raises
         the errors of ``AsyncCache.patch``.
@@ -236,8 +237,8 @@ class Records:
     async def delete(self, name: str) -> bool:
         """Delete a record, and tell the subscribers; the result is whether it existed.
 
-        The subscribers are told in either case, as a client may hold open a record that is gone.
-        The call raises the errors of ``AsyncCache.delete``.
+        The subscribers are told even if it didn't exist, as a client may still hold the record
+        open. The call raises the errors of ``AsyncCache.delete``.
         """
         self._check_open()
         try:
@@ -266,9 +267,8 @@ class Records:
 
         In the pattern ``*`` stands for any text, and ``?`` for one character. The iterator reports
         the writes of any program, from Redis and from the servers' messages, and each version once.
-        After the last write, the last change of each name has the record as it is in Redis, unless
-        a gap is reported. At most ``max_pending`` changes wait to be taken. Beyond that, changes of
-        one name are merged.
+        The last change of a name has the record as it is in Redis, unless a gap is reported. At
+        most ``max_pending`` changes wait to be taken. Beyond that, changes of one name are merged.
 
         Raises UsageError for a bad argument. Beginning the iteration raises the errors of
         ``AsyncCache.watch``.
