@@ -263,6 +263,19 @@ def test_a_model_is_written_as_its_own_json(core: Any) -> None:
     assert core.encode_data("a", [ADA, "\ud800"]) == b"[" + text + rb',"\ud800"]'
 
 
+class OfAnotherLibrary:
+    """Has the method of a model alone."""
+
+    def model_dump_json(self, *, by_alias: bool) -> str:
+        return f'{{"by_alias":{str(by_alias).lower()}}}'
+
+
+def test_whatever_has_the_method_of_a_model_is_written(core: Any) -> None:
+    text = b'{"by_alias":true}'
+    assert core.encode_data("a", OfAnotherLibrary()) == text
+    assert core.encode_data("a", {"n": [OfAnotherLibrary()]}) == b'{"n":[' + text + b"]}"
+
+
 @pytest.mark.parametrize(
     ("raw", "kind", "reason"),
     [
