@@ -159,11 +159,11 @@ class EmbeddedServer:
 
     ``binary`` is one of find_servers(), by default the first. ``port`` is a TCP port of 127.0.0.1,
     or 0 for any free one. ``args`` are further command-line options of the server. With
-    ``unix_socket`` the server listens on a socket file alone. With ``tls`` its port accepts TLS
-    alone.
+    ``unix_socket``, the server listens only on a socket file. With ``tls``, its port accepts only
+    TLS.
 
-    Raises DscacheError if no server is found, and UsageError if the server doesn't support ``tls``,
-    or for ``tls`` together with ``unix_socket``.
+    Raises DscacheError if no server is found. Raises UsageError if the server doesn't support
+    ``tls``, or if both ``tls`` and ``unix_socket`` are given.
     """
 
     def __init__(
