@@ -312,8 +312,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         is over. So ``change`` may be called several times.
 
         If the record doesn't exist, ``change`` gets ``default``, and the new data is written with
-        version 1. ``ttl`` is as for ``set``: ``dscache.KEEP`` keeps the record's lifetime, and without a
-        ``ttl`` it ends.
+        version 1. ``ttl`` is as for ``set``: ``dscache.KEEP`` keeps the record's lifetime, and
+        without a ``ttl`` it ends.
 
         With a ``type``, ``change`` gets data of that type, and so does the result. The update then
         removes members that the type doesn't name.
