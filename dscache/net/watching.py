@@ -112,7 +112,7 @@ class Watching(Generic[DataT]):
         return self._has_begun and not self.is_closed and self._pid == os.getpid()
 
     def _enter(self) -> None:
-        """Note that the block begins; raises UsageError for the second time, or after the cache."""
+        """Note that the block begins; raises UsageError a second time, or on a closed cache."""
         if self._end is not None and not self._has_begun:
             raise failures.closed("cache")
         if self._has_begun or self.is_closed:
