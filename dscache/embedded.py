@@ -451,14 +451,16 @@ def _free_port() -> int:
 
 
 def main() -> None:
-    """Run a server until Ctrl-C, or SIGTERM; the command line may name its port."""
+    """Run a server until Ctrl-C, SIGTERM or SIGHUP; the command line may name its port."""
     parser = argparse.ArgumentParser(
         prog="python -m dscache.embedded",
         description="Run a private Redis or Valkey server on 127.0.0.1 until Ctrl-C.",
     )
     parser.add_argument("--port", type=_port, default=6379, help="0 is any that is free")
     port: int = parser.parse_args().port
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     try:
         with suppress(KeyboardInterrupt), EmbeddedServer(port=port) as server:
             ends = "Ctrl-C ends it and all that it stores"
