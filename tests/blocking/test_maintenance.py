@@ -212,6 +212,45 @@ def test_an_address_that_does_not_answer_delays_nobody(stage: Stage) -> None:
     until(lambda: not behind.connections)
 
 
+def test_a_second_move_begins_before_the_first_has_ended(stage: Stage) -> None:
+    """The end of one attempt hides no other one from ``close``, nor from a fork."""
+    before, first, second = stage.server(), stage.server(), stage.server()
+    for server in (first, second):
+        stage.do(server.answers.clear)
+    with open_cache(before, connectTimeout=600_000) as cache:
+        pool: Any = cache._topology
+        cache.when_ready()
+        for serial, server in enumerate((first, second), 1):
+            stage.push(b"MOVING", serial, 60, server.address, by=before)
+            cache.set("moving", serial, None)
+            until(lambda server=server: server.connections)
+        assert len(pool._mover.opening) == 2
+        stage.cut(first)
+        until(lambda: len(pool._mover.opening) == 1)
+    # ``close`` has ended the attempt, which would have had ten minutes.
+    until(lambda: not (pool._mover.opening or pool._mover._thread.is_alive()))
+    stage.do(second.answers.set)
+
+
+def test_a_move_with_old_credentials_is_made_again(stage: Stage) -> None:
+    """New credentials concern a connection to the new address that the pool doesn't have yet."""
+    before, behind = stage.server(), stage.server()
+    stage.do(behind.answers.clear)
+    with open_cache(before) as cache:
+        pool: Any = cache._topology
+        cache.when_ready()
+        stage.push(b"MOVING", 1, 60, behind.address, by=before)
+        cache.set("moving", 1, None)
+        until(lambda: behind.connections)
+        [early] = pool._mover.opening
+        pool._renew()
+        stage.do(behind.answers.set)
+        until(lambda: maintenance(cache)["moves"])
+        assert early.gone
+        assert cache.set("moving", 2, None)
+        assert (behind.accepted, behind.connections) == (2, 1)
+
+
 def test_connections_beyond_the_move_fall_back(stage: Stage) -> None:
     """If the new address refuses later connections, they are made to the usual one."""
     before, behind = stage.server(), stage.server()

@@ -394,6 +394,32 @@ def test_an_interrupted_connection_is_closed(open_cache: OpenCache, proxy: Proxy
 
 
 @on_one_server
+@pytest.mark.parametrize("event", ["_renew", "close"])
+@pytest.mark.parametrize("call", [READS[0], dscache.Cache.when_ready], ids=["get", "ready"])
+def test_a_connection_retired_while_it_is_put_back_is_ended(
+    open_cache: OpenCache, call: Call, event: str
+) -> None:
+    """Its thread has seen no reason to end it, and the other thread hasn't found it idle."""
+    cache = open_cache(maxConnections=1, closeTimeout=1)
+    cache.set("a", 1, [1])
+    pool: Any = cache._topology
+    connection = pool._idle[-1]
+    sock = connection.sock
+
+    class Late(type(pool._idle)):  # type: ignore[misc] # whatever it is
+        def append(self, given: Any) -> None:
+            getattr(pool, event)()
+            super().append(given)
+
+    pool._idle = Late(pool._idle)
+    call(cache)
+    assert connection.retired
+    assert connection not in pool._idle
+    assert sock.fileno() == -1
+    assert cache.stats()["connections"] == 0
+
+
+@on_one_server
 def test_arguments_may_raise(open_cache: OpenCache) -> None:
     cache = open_cache(maxConnections=1)
 
