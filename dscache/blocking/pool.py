@@ -203,15 +203,21 @@ class Pool:
         """
         if not self._waiters and self._reserve(spare):
             return spare
+        connection: Connection | None
         if self._options.when_full == "error":
-            with self._lock:
-                self._overloads += 1
-            raise Overloaded(
-                f"{self.address}: all {self._limit} connections are in use, which is all that "
-                "maxConnections allows; the operation was not sent"
-            )
-        deadline = spare.expire(time.monotonic())
-        connection = None if deadline is None else self._wait(spare, deadline)
+            # Once more: another thread may have had one for a moment, but for no operation.
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                with self._lock:
+                    self._overloads += 1
+                raise Overloaded(
+                    f"{self.address}: all {self._limit} connections are in use, which is all that "
+                    "maxConnections allows; the operation was not sent"
+                ) from None
+        else:
+            deadline = spare.expire(time.monotonic())
+            connection = None if deadline is None else self._wait(spare, deadline)
         if connection is None:
             spare.fail_all(closed_meanwhile if self._closing else self._none_free)
             return spare
@@ -330,11 +336,13 @@ class Pool:
         A thread that puts one back looks behind that whether it is retired. So the thread that has
         retired it and found it in use leaves nothing behind.
         """
-        try:
-            self._idle.remove(connection)
-        except ValueError:
-            return
-        self._drop(connection)
+        # Who finds none idle and no place free waits for the lock, and then finds the place free.
+        with self._lock:
+            try:
+                self._idle.remove(connection)
+            except ValueError:
+                return
+            self._drop(connection)
 
     def _drop(self, connection: Connection) -> None:
         """End a connection, and free its place."""

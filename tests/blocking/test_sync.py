@@ -253,6 +253,27 @@ def test_an_interrupted_thread_frees_its_place(open_cache: OpenCache) -> None:
 
 
 @on_one_server
+def test_a_connection_that_is_out_for_a_moment_is_no_overload(open_cache: OpenCache) -> None:
+    """Another thread has it in its hands, but for no operation."""
+    cache = open_cache(maxConnections=1, whenFull="error")
+    cache.set("a", 1, [1])
+    pool: Any = cache._topology
+    looks: list[object] = []
+
+    class Late(type(pool._idle)):  # type: ignore[misc] # whatever it is
+        def pop(self) -> Any:
+            looks.append(self)
+            if len(looks) == 1:
+                raise IndexError
+            return super().pop()
+
+    pool._idle = Late(pool._idle)
+    assert tuple(cache.get("a")) == (1, [1])
+    assert len(looks) == 2
+    assert (cache.stats()["overloaded"], cache.stats()["connects"]) == (0, 1)
+
+
+@on_one_server
 def test_a_waiting_call_gets_the_place_of_a_lost_connection(open_cache: OpenCache) -> None:
     cache = open_cache(maxConnections=1, **PATIENT)
     cache.set("a", 1, [1])
