@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from ._backend import BACKEND, core, make_message, make_record
 from ._version import __version__
 from .cache import AsyncCache
-from .core.changes import DELETE, KEEP
 from .core.condition import ANY
 from .core.loading import Loaded
+from .core.markers import DELETE, KEEP
 from .errors import (
     BulkError,
     ConfigError,

@@ -1,6 +1,5 @@
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
-from datetime import timedelta
 from types import GenericAlias
 from typing import Any, Generic, NoReturn, final, overload
 
@@ -8,6 +7,7 @@ from typing_extensions import TypeVar
 
 from .core.condition import IfVersion, IfVersions, IfVersionsHeld
 from .core.failures import ErrorOf
+from .core.markers import Ttl
 from .core.near_node import NearNode
 
 _DataT = TypeVar("_DataT", covariant=True, default=Any)
@@ -67,7 +67,7 @@ class _Operations:
         name: str,
         version: int,
         data: Any,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersion = ...,
     ) -> Any: ...
@@ -77,7 +77,7 @@ class _Operations:
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersions = ...,
     ) -> Any: ...

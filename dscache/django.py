@@ -19,9 +19,10 @@ import msgspec
 from . import sync
 from .config import load
 from .core import exact_json
-from .core.changes import OMITTED, Successor
+from .core.changes import Successor
 from .core.keys import common_prefix
 from .core.lifetimes import rest_of, version_for
+from .core.markers import OMITTED
 from .errors import ConfigError, RecordError, RecordMissing, shorten
 
 try:
@@ -130,8 +131,9 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
     """A cache backend for Django on a blocking Cache, shared by all threads of the process.
 
     LOCATION is a URL, ``host:port``, the path of a configuration file, or a mapping. OPTIONS are
-    the options of dscache, such as ``nearCache``, and ``SERIALIZER``. That is "json", "pickle", a
-    class with ``dumps`` and ``loads``, or the dotted path of one. Timeouts are in seconds.
+    the options of dscache, such as ``nearCache``, and ``SERIALIZER``. SERIALIZER is "json",
+    "pickle", a class with ``dumps`` and ``loads``, or the dotted path of such a class. Timeouts are
+    in seconds.
 
     Operations raise the errors of Cache, and TypeError for a value that the serializer refuses. Bad
     settings raise ImproperlyConfigured.

@@ -159,11 +159,11 @@ class EmbeddedServer:
 
     ``binary`` is one of find_servers(), by default the first. ``port`` is a TCP port of 127.0.0.1,
     or 0 for any free one. ``args`` are further command-line options of the server. With
-    ``unix_socket`` the server listens on a socket file alone. With ``tls`` its port accepts TLS
-    alone.
+    ``unix_socket``, the server listens only on a socket file. With ``tls``, its port accepts only
+    TLS.
 
-    Raises DscacheError if no server is found, and UsageError if the server doesn't support ``tls``,
-    or for ``tls`` together with ``unix_socket``.
+    Raises DscacheError if no server is found. Raises UsageError if the server doesn't support
+    ``tls``, or if both ``tls`` and ``unix_socket`` are given.
     """
 
     def __init__(
@@ -451,14 +451,16 @@ def _free_port() -> int:
 
 
 def main() -> None:
-    """Run a server until Ctrl-C, or SIGTERM; the command line may name its port."""
+    """Run a server until Ctrl-C, SIGTERM or SIGHUP; the command line may name its port."""
     parser = argparse.ArgumentParser(
         prog="python -m dscache.embedded",
         description="Run a private Redis or Valkey server on 127.0.0.1 until Ctrl-C.",
     )
     parser.add_argument("--port", type=_port, default=6379, help="0 is any that is free")
     port: int = parser.parse_args().port
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     try:
         with suppress(KeyboardInterrupt), EmbeddedServer(port=port) as server:
             ends = "Ctrl-C ends it and all that it stores"

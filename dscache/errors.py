@@ -142,8 +142,8 @@ class MessageError(DscacheError, ValueError):
 class BulkError(DscacheError):
     """Failure of some records of a bulk operation.
 
-    ``errors`` is a dict of the failed records' names and exceptions. ``result`` is what the
-    operation would have returned for the other records alone.
+    ``errors`` is a dict that maps the names of the failed records to their exceptions. ``result``
+    is the result of the operation for all other records.
     """
 
     def __init__(self, operation: str, errors: Mapping[str, Exception], result: Any) -> None:
@@ -160,9 +160,9 @@ class BulkError(DscacheError):
 class LoadError(DscacheError):
     """Failure of the load of a missing record.
 
-    The load has failed now, or a moment ago in any process, or waits for another load that waits
-    for it. ``name`` is the record's name. ``__cause__`` is the exception of the load, or None
-    without one.
+    The load failed just now, or a moment ago in any process, or two loads wait for each other.
+    ``name`` is the record's name. ``__cause__`` is the exception of the load, or None if there is
+    none.
     """
 
     def __init__(self, message: str, *, name: object = None) -> None:

@@ -54,10 +54,14 @@ class MessageNode(AsyncResource):
     ``on_gap(since, until)`` is called after an interval in which messages may have been missed.
     Both times are floats, in seconds since the epoch.
 
-    A call raises MessageError for a bad topic, message or server name, UsageError on another event
-    loop or if the node is closed, and Overloaded if ``maxPending`` or ``maxPendingBytes`` is
-    reached and ``whenFull`` is error. The future of a message fails with one of these; the text
-    says whether the message may have been delivered:
+    A call raises one of these:
+
+    - MessageError: a bad topic, message or server name
+    - UsageError: the node is closed, or belongs to another event loop
+    - Overloaded: ``maxPending`` or ``maxPendingBytes`` is reached, and ``whenFull`` is error
+
+    The future of a message fails with one of these. The text says whether the message may have been
+    delivered:
 
     - ConnectionLost: the connection was lost before the reply, or there was none in time
     - DeadlineExceeded: no reply within ``commandTimeout``, which is in milliseconds from the call
@@ -116,8 +120,8 @@ class MessageNode(AsyncResource):
 
         ``source`` is one of these:
 
-        - the path of deepstream's YAML or JSON file, of which ``clusterNode`` and ``serverName``
-          are read
+        - the path of deepstream's YAML or JSON file; ``clusterNode`` and ``serverName`` are read
+          from it
         - a mapping of the same shape, or of options alone
         - a URL or ``host:port``
 
@@ -142,8 +146,8 @@ class MessageNode(AsyncResource):
         is passed as ``msgspec.Raw``, together with the argument ``topic``. The message is encoded
         at the call.
 
-        Raises MessageError at the call for a bad message, or for one on which deepstream's servers
-        or clients could fail; ``unchecked`` sends the latter too.
+        Raises MessageError at the call for a bad message. A message on which deepstream's servers
+        or clients could fail raises it too, unless ``unchecked`` is true.
         """
         return self._send(self._prefix, message, topic, unchecked)
 
@@ -155,8 +159,8 @@ class MessageNode(AsyncResource):
         ``server`` is the server's name. Redis delivers the message to all subscribers of its topic,
         and the other servers drop it.
 
-        Raises MessageError at the call for a bad message or name, or for a message on which
-        deepstream's servers or clients could fail; ``unchecked`` sends the latter too.
+        Raises MessageError at the call for a bad message or name. A message on which deepstream's
+        servers or clients could fail raises it too, unless ``unchecked`` is true.
         """
         try:
             prefix = self._direct_prefixes.get(server) or self._direct_prefix(server)
@@ -270,12 +274,12 @@ class MessageNode(AsyncResource):
         - ``unwanted``, ``damaged``: messages without a subscriber here, and texts that are no
           messages
         - ``fewer``: messages that reached fewer connections than before a loss
-        - ``subscribers``, ``topics``: their numbers now
+        - ``subscribers``, ``topics``: the numbers of subscribers and of their topics now
         - ``gaps``, ``missed_seconds``, ``last_gap``: number of gaps, their total length, and the
           time of the last one
         - ``connects``, ``last_loss``, ``bytes_in``: of all connections
 
-        All other counters are about messages that are sent, as those of a cache are about records.
+        All other counters count sent messages, as the counters of a cache count records.
         """
         transport = self._transport
         if transport is None:

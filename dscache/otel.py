@@ -306,9 +306,9 @@ def trace(
 ) -> Tracing:
     """Start spans for operations of a cache, from the call to the result; return a Tracing.
 
-    The Tracing's ``stop()`` ends that. In a sampled trace, a random share ``sample`` of the
-    operations gets a span. With ``roots``, operations outside of any trace are sampled too. Any
-    other operation costs a look at the current span.
+    Call ``stop()`` of the Tracing to end that. In a sampled trace, a random share ``sample`` of the
+    operations gets a span. With ``roots``, operations outside of any trace are sampled too. For any
+    other operation, only the current span is looked up.
 
     Raises ValueError if ``sample`` isn't from 0 to 1.
     """
@@ -369,10 +369,12 @@ def measure(
 ) -> Measuring:
     """Record each operation's duration as ``db.client.operation.duration``; return a Measuring.
 
-    That is a histogram of the semantic conventions, in seconds, from the call until its caller may
-    go on. Its attribute ``dscache.cache`` is ``name``. The Measuring's ``stop()`` ends the
-    recording. Recording costs each operation some microseconds. ``observe`` exports the cache's own
-    latencies at no cost to an operation.
+    The metric is a histogram of the semantic conventions, in seconds. A duration lasts from the
+    call until the caller may continue. The attribute ``dscache.cache`` is ``name``. Call ``stop()``
+    of the Measuring to end the recording.
+
+    Recording costs each operation some microseconds. ``observe`` exports the cache's own latencies
+    without this cost.
     """
     check_cache("measure", cache)
     check_label("measure", name, "meter_provider")

@@ -22,9 +22,10 @@ from .blocking.pool import Pool
 from .config import Config
 from .config.sources import NO_SOURCE, Source
 from .core import failures, typed
-from .core.changes import OMITTED, check_arguments, check_change
+from .core.changes import check_arguments, check_change
 from .core.condition import ANY, AnyVersion, IfVersion, IfVersions, IfVersionsHeld
 from .core.fetch_terms import checked_names, is_async, no_load, not_plain
+from .core.markers import KEEP, OMITTED, Ttl
 from .core.patches import patch_of
 from .errors import BulkError, ConnectionLost, DscacheError, shorten
 
@@ -63,7 +64,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
     - ConnectError: no connection, or a server that can't be used; nothing was sent
     - ConnectionLost: the connection was lost, or the cache closed, before the reply
     - ProtocolError: an invalid reply
-    - BulkError: some records of a bulk failed; it has their errors and the result of the others
+    - BulkError: some records of a bulk failed; ``errors`` has the errors, and ``result`` the other
+      results
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
     @overload
     def get(self, name: str, *, type: Any) -> Record | None: ...
     def get(self, name: str, type: Any = None) -> Record | None:
-        """Read a record; return a Record, or None if it doesn't exist or lacks one key.
+        """Read a record; return a Record, or None if one of its keys or both are missing.
 
         ``name`` is any text that isn't empty. ``type`` is a ``msgspec.Struct``, a dataclass or
         another type that msgspec decodes. The Record's ``data`` is then of that type.
@@ -111,8 +113,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
     def head(self, name: str) -> int | None:
         """Read the version of a record; return an int, or None if there is no such record.
 
-        A record that lacks one of its two keys counts as none. Raises RecordError for a bad name,
-        and RecordDamaged if the stored version isn't one.
+        If one of its two keys is missing, the record counts as missing. Raises RecordError for a
+        bad name, and RecordDamaged if the stored text isn't a version.
         """
         return (self._run or self._open())("head", name)
 
@@ -122,7 +124,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         version: int,
         data: Any,
         *,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> bool:
@@ -131,17 +133,22 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Both keys of the record are written in one atomic step, unless they lie on two nodes of a
         cluster. ``name`` is any text that isn't empty, and ``version`` an int from 0 to 2^63-1.
         ``data`` is any value that msgspec encodes, a pydantic model, or ``msgspec.Raw`` for text
-        that is JSON already. Bytes become base64 text. ``ttl`` is the record's lifetime in whole
-        seconds or as a timedelta: None for the configured default, 0 for no expiry.
+        that is JSON already. Bytes become base64 text.
+
+        ``ttl`` is the record's lifetime in whole seconds or as a timedelta: None for the configured
+        default, 0 for no expiry. With a condition, ``dscache.KEEP`` keeps the lifetime that the
+        record has; this needs Redis 7.0.
 
         With ``if_newer``, the record is written only if Redis holds a lower version or no record.
         With ``if_version``, it is written only if Redis holds exactly that version; None stands for
         no record. A write with ``if_newer`` is safe to repeat.
 
-        Raises RecordError for a bad argument, for both conditions, or for a condition on a record
-        whose keys lie on two nodes. Raises ConnectionLost or DeadlineExceeded if the write may have
-        happened; the text says so. Raises RecordDamaged if a condition meets a stored version that
-        isn't one.
+        Raises RecordError for a bad argument, or if both conditions are given. A record whose keys
+        lie on two nodes allows no condition, and raises RecordError too.
+
+        If the write may have happened, the call raises ConnectionLost or DeadlineExceeded, and the
+        text says so. If there is a condition and the stored text isn't a version, the call raises
+        RecordDamaged.
         """
         if if_newer:
             if if_newer != 1:
@@ -157,11 +164,12 @@ class Cache(CacheBase[Pool | MemoryPool]):
     def delete(self, name: str, *, if_version: int | AnyVersion = ANY) -> bool:
         """Remove a record; return whether it existed.
 
-        A half or damaged record is removed too. A half one counts as none. With ``if_version``, the
-        record is removed only if Redis holds exactly that version. Otherwise False is returned.
+        A damaged record is removed too. So is a record with only one of its two keys, which counts
+        as missing. With ``if_version``, the record is removed only if Redis holds exactly that
+        version. Otherwise False is returned.
 
-        Raises RecordError for a bad name or version, and RecordDamaged if ``if_version`` meets a
-        stored version that isn't one.
+        Raises RecordError for a bad name or version, and RecordDamaged if ``if_version`` is given
+        and the stored text isn't a version.
         """
         existed: bool = (self._run or self._open())("delete", name, if_version)
         if self._loads.checks.keeps_missing:
@@ -177,11 +185,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
     def get_bulk(self, names: Iterable[str], type: Any = None) -> dict[str, Record]:
         """Read records; return a dict of the Records found by name, in the order of ``names``.
 
-        With a ``type``, the ``data`` of each Record is of that type, as of ``get``.
+        With a ``type``, the ``data`` of each Record is of that type, as in ``get``.
 
         Raises RecordError for a bad name; no record is read then. Raises TypeError for a type that
-        msgspec doesn't know. Raises BulkError if some records can't be read, or don't fit the type;
-        it has their errors and the other records.
+        msgspec doesn't know. If some records can't be read, or don't fit the type, the call raises
+        BulkError. The error has the other records as its ``result``.
         """
         if type is not None:
             return self._typed_get_bulk(names, type)
@@ -194,8 +202,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
     def head_bulk(self, names: Iterable[str]) -> dict[str, int]:
         """Read versions; return a dict of the versions found by name, in the order of ``names``.
 
-        Raises RecordError for a bad name; no version is read then. Raises BulkError if some
-        versions can't be read; it has their errors and the other versions.
+        Raises RecordError for a bad name; no version is read then. If some versions can't be read,
+        the call raises BulkError. The error has the other versions as its ``result``.
         """
         try:
             return (self._run or self._open())("head_bulk", names)
@@ -207,20 +215,19 @@ class Cache(CacheBase[Pool | MemoryPool]):
         self,
         records: Mapping[str, tuple[int, Any]],
         *,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> builtins.set[str]:
         """Write records ``{name: (version, data)}``; return the set of names not written.
 
-        Each record is written as by ``set``. The bulk as a whole isn't atomic: it is sent in
-        commands of some hundred records. Without a condition, all records are written and the set
-        is empty. ``ttl`` is the lifetime of all these records. ``if_version`` maps each name to the
-        version that Redis must hold, or to None for no record.
+        Each record is written as ``set`` does. The bulk as a whole isn't atomic, because it is sent
+        in commands of some hundred records. The set is empty if there is no condition. ``ttl`` is
+        the lifetime of all these records. ``if_version`` maps each name to the version that Redis
+        must hold, or to None for no record.
 
-        Raises RecordError for a bad record; no record is written then. Raises BulkError if some
-        records can't be written; it has their errors, and the set of names not written among the
-        others.
+        Raises RecordError for a bad record; no record is written then. If some records can't be
+        written, the call raises BulkError. Its ``result`` is the set of other names not written.
         """
         if if_newer:
             if if_newer != 1:
@@ -236,12 +243,12 @@ class Cache(CacheBase[Pool | MemoryPool]):
     def delete_bulk(self, names: Iterable[str], *, if_version: IfVersionsHeld = ANY) -> int:
         """Remove records; return the number of records that existed.
 
-        Half and damaged records are removed too. Half ones don't count. ``if_version`` maps each
-        name to the version that Redis must hold. Records of another version stay, and don't count
-        either.
+        Damaged records are removed too. So are records with only one of their two keys, which don't
+        count. ``if_version`` maps each name to the version that Redis must hold. A record with
+        another version stays, and doesn't count.
 
-        Raises RecordError for a bad name; no record is removed then. Raises BulkError if some
-        records can't be removed; it has their errors and the number of the others.
+        Raises RecordError for a bad name; no record is removed then. If some records can't be
+        removed, the call raises BulkError. Its ``result`` is the number of the others.
         """
         keeps_missing = self._loads.checks.keeps_missing
         try:
@@ -262,7 +269,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         change: Callable[[Any], Any],
         *,
         default: Any = ...,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         type: None = None,
     ) -> Record | None: ...
     @overload
@@ -272,7 +279,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         change: Callable[[_T], Any],
         *,
         default: Any = ...,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         type: type[_T],
     ) -> Record[_T] | None: ...
     @overload
@@ -282,7 +289,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
         change: Callable[[Any], Any],
         *,
         default: Any = ...,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         type: Any,
     ) -> Record | None: ...
     def update(
@@ -291,10 +298,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
         change: Callable[[Any], Any],
         *,
         default: Any = OMITTED,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         type: Any = None,
     ) -> Record | None:
-        """Change a record's data; return the Record as it is then, or None without one.
+        """Change a record's data; return the Record afterwards, or None if there is none.
 
         ``change`` gets a copy of the decoded data. It returns the new data, ``dscache.KEEP`` to
         leave the record as it is, or ``dscache.DELETE`` to remove it. None is data too: the record
@@ -304,22 +311,28 @@ class Cache(CacheBase[Pool | MemoryPool]):
         Otherwise the record is read again and ``change`` is called again, until ``commandTimeout``
         is over. So ``change`` may be called several times.
 
-        ``default`` is the data of a record that doesn't exist. The new data is then written with
-        version 1. ``ttl`` is that of ``set``: without it, an earlier lifetime ends. With a
-        ``type``, the data that ``change`` gets and the data of the result are of that type, as of
-        ``get``. The update then removes members that the type doesn't name. Updates of one record
-        by one cache run one after the other.
+        If the record doesn't exist, ``change`` gets ``default``, and the new data is written with
+        version 1. ``ttl`` is as for ``set``: ``dscache.KEEP`` keeps the record's lifetime, and
+        without a ``ttl`` it ends.
 
-        No step begins after ``commandTimeout``. A step that has begun has a ``commandTimeout`` of
-        its own.
+        With a ``type``, ``change`` gets data of that type, and so does the result. The update then
+        removes members that the type doesn't name.
+
+        Updates of one record by one cache run one after the other.
+
+        No step begins after ``commandTimeout``. A step that has begun gets its own
+        ``commandTimeout``.
 
         Raises RecordError for a bad name, default or ttl, and TypeError for a ``change`` that can't
-        be called. Raises what ``change`` raises, and nothing is written then; RecordMissing if the
-        record doesn't exist and no default is given; DeadlineExceeded if other writers or the
-        change took all of the time; RecordDamaged if the stored value isn't a record, or doesn't
-        fit the type; RecordError if the new data can't be encoded, or the record has the highest
-        version; UsageError if ``change`` is async, or updates the same record; and ConnectionLost
-        or DeadlineExceeded if the write may have happened.
+        be called. The update fails with one of these:
+
+        - the exception of ``change``: nothing is written then
+        - RecordMissing: the record doesn't exist, and there is no default
+        - DeadlineExceeded: other writers or ``change`` took all of the time
+        - RecordDamaged: the stored value isn't a record, or doesn't fit the type
+        - RecordError: the new data can't be encoded, or the record has the highest version
+        - UsageError: ``change`` is async, or updates the same record
+        - ConnectionLost, DeadlineExceeded: the write may have happened; the text says so
         """
         check_change("update", change)
         if type is not None:
@@ -340,23 +353,23 @@ class Cache(CacheBase[Pool | MemoryPool]):
         path: str | None = None,
         value: Any = OMITTED,
         default: Any = OMITTED,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
     ) -> Record:
         """Change part of a record's data; return the Record.
 
         Pass either ``merge`` or ``path``:
 
-        - ``merge`` is a JSON merge patch (RFC 7396). Its members replace those of the record,
-          objects are merged, and None removes a member.
+        - ``merge`` is a JSON merge patch (RFC 7396). Its members replace the record's members.
+          Objects are merged, and None removes a member.
         - ``path`` names one value, such as ``a.b[0]``, in the syntax of deepstream's client.
           ``value`` replaces it. Without a ``value`` it is removed. Missing objects and lists on the
           way are created.
 
-        ``default`` and ``ttl`` are those of ``update``. A patch that changes nothing writes
-        nothing, unless it has a ``ttl``.
+        ``default`` and ``ttl`` are as for ``update``. A patch that changes nothing writes nothing,
+        unless its ``ttl`` is a lifetime.
 
-        Raises RecordError for a bad patch or path. Raises RecordError if the data has no place for
-        the value. The call also raises the errors of ``update``.
+        Raises RecordError for a bad patch or path, or if the data has no place for the value. The
+        call also raises the errors of ``update``.
         """
         name, text = check_arguments(name, default, ttl)
         change = patch_of(name, merge, path, value)
@@ -365,7 +378,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
             self._warn_of_hot_paths((name,))
         if self._loads.checks.keeps_missing:
             self._end_notes((name,), removed=True)
-        patched = self._changes.apply(run, "patch", name, change, text, ttl, ttl is None)
+        if_changed = ttl is None or ttl is KEEP
+        patched = self._changes.apply(run, "patch", name, change, text, ttl, if_changed)
         return cast("Record", patched)  # a patch removes no record
 
     def _changing_run(self) -> _Run:
@@ -456,18 +470,19 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """Iterate over all names that begin with a prefix, or over their Records.
 
         The scan finds every name that exists from its beginning to its end, also while slots of a
-        cluster move. A name that is written or deleted meanwhile may be found or not. A name may be
-        found twice. A half record is found if its version key exists.
+        cluster move. The scan may find or miss a name that is written or deleted meanwhile. It may
+        find a name twice. If only one key of a record exists, the scan finds the name if that is
+        the version key.
 
-        With ``records``, the records are read in bulk, and half ones are left out. With a ``type``,
-        which needs ``records``, their ``data`` is of that type. ``count`` is about how many keys a
-        server visits at a time, from 1 to 100,000. ``cursor`` is the ``cursor`` of an earlier scan.
-        The new scan goes on behind the last batch of that one. The scan has a connection of its
-        own, to one server at a time.
+        With ``records``, the records are read in bulk. A record with only one key is left out. With
+        a ``type``, which needs ``records``, their ``data`` is of that type. ``count``, from 1 to
+        100,000, is roughly the number of keys that a server visits at a time. ``cursor`` is the
+        ``cursor`` of an earlier scan. The new scan begins after the last batch of the earlier one.
+        The scan has a connection of its own, to one server at a time.
 
         Raises UsageError at the call for a bad argument, and TypeError for a type that msgspec
         doesn't know. The iteration raises the errors of ``get``, and BulkError for records that
-        can't be read. It can go on after an error.
+        can't be read. The next step continues after an error.
         """
         from .blocking.scan import Scan  # most programs don't scan
 
@@ -523,20 +538,20 @@ class Cache(CacheBase[Pool | MemoryPool]):
         """Watch the records whose names begin with a prefix: ``with``, then ``for``.
 
         A change of a record has a ``kind``, the ``name`` and its present ``version``. With
-        ``records`` it has the ``record`` too. Several changes of a name that come faster than they
-        are taken are one. After the last write, the last change of each name has its last version,
+        ``records`` it has the ``record`` too. If a name changes several times before its change is
+        taken, the changes become one. The last change of a name has the record's last version,
         unless a gap is reported.
 
-        A change of kind "gap" says that changes may be missed from then on, and "resumed" ends the
-        gap. If more than ``max_pending`` names wait to be taken, they are dropped, with a gap. With
-        a ``type``, the ``data`` of the records is of that type. A record that doesn't fit is a
-        change of kind "damaged".
+        After a change of kind "gap", the watch may miss changes, until a change of kind "resumed".
+        If more than ``max_pending`` names wait to be taken, they are dropped, and a gap is
+        reported. With a ``type``, the ``data`` of the records is of that type. If a record doesn't
+        fit, its change has the kind "damaged".
 
         A thread for each primary takes the reports, over a connection of its own. The servers need
         client tracking: Redis 6 or newer. Raises UsageError at the call for a bad argument, and
         TypeError for a type that msgspec doesn't know. Entering the block raises ConnectError if a
-        primary can't be reached, and ReplyError if it refuses. The iteration raises ConnectionLost
-        once the cache is closed.
+        primary can't be reached, and ReplyError if a primary refuses. The iteration raises
+        ConnectionLost once the cache is closed.
         """
         from .blocking.watch import Watch  # most programs don't watch
 
@@ -604,13 +619,14 @@ class Cache(CacheBase[Pool | MemoryPool]):
     ) -> Record | None:
         """Read a record, or load it if it is missing; return a Record, or None.
 
-        If the record is missing, ``load(name)`` returns its data, a ``Loaded`` that has its version
-        too, or None if there is nothing. One load runs, however many threads and processes fetch
-        the record, in the thread of the first caller, and all get its result. A write by another
-        program while the load runs is never overwritten: that record is the result.
+        If the record is missing, ``load(name)`` is called. It returns the data, a ``Loaded`` with
+        data and version, or None if there is nothing to load. One load runs, in the thread of the
+        first caller, however many threads and processes fetch the record. All of them get its
+        result. If another program writes the record while the load runs, that record stays, and is
+        the result.
 
-        ``ttl`` is the lifetime of a loaded record, as for ``set``. ``jitter`` varies it at random,
-        by up to that share. After ``refresh_after``, one caller loads the record anew while all
+        ``ttl`` is the lifetime of a loaded record, as for ``set``. ``jitter`` is the share by which
+        it varies at random. After ``refresh_after``, one caller loads the record anew while all
         others still get the old record at once. Up to 32 callers of a cache do so at a time.
         ``keep_missing`` is how long all processes remember that a load returned None. All three
         times are whole seconds or a timedelta. With a ``type``, the record's ``data`` is of that
@@ -686,13 +702,13 @@ class Cache(CacheBase[Pool | MemoryPool]):
     ) -> dict[str, Record]:
         """Read records, or load the missing ones together; return a dict of the Records by name.
 
-        ``load_many`` gets a list of the names that are missing and that no other caller loads. It
-        returns a mapping of name to data or ``Loaded``. A name without data has no record. The
-        result has the names found, in the order of ``names``. The options are those of ``fetch``.
+        ``load_many`` gets a list of the missing names that no other caller is loading. It returns a
+        mapping of name to data or ``Loaded``. A name that is left out has no record. The result has
+        the names found, in the order of ``names``. The options are those of ``fetch``.
 
         Raises RecordError for a bad argument, TypeError for a ``load_many`` that can't be called or
-        is a coroutine function, and BulkError if some records can't be read or loaded; it has their
-        errors and the other records.
+        is a coroutine function, and BulkError if some records can't be read or loaded. The
+        BulkError has the other records as its ``result``.
         """
         if not callable(load_many):
             raise no_load("fetch_bulk", "load_many", load_many)

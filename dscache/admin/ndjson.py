@@ -103,7 +103,7 @@ def decode(text: bytes) -> Line | None:
     core.check_name(line.name)
     core.check_version(line.name, line.version)
     if line.ttl is not None:
-        failures.check_ttl(line.name, line.ttl)
+        failures.check_ttl(line.name, line.ttl, False)
     return line
 
 

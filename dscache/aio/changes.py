@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from weakref import ref
@@ -15,6 +14,7 @@ from msgspec import Raw
 from ..core import changes as core
 from ..core.failures import of_call
 from ..core.holder import Holder
+from ..core.markers import Omitted, Ttl
 from ..errors import DscacheError
 from ..net.backoff import full_jitter
 
@@ -74,8 +74,8 @@ class Changes:
         operation: str,
         name: str,
         change: Callable[[Any], Any],
-        default: bytes | core.Omitted,
-        ttl: int | timedelta | None,
+        default: bytes | Omitted,
+        ttl: Ttl,
         if_changed: bool = False,
         type: Any = None,
     ) -> Record | None:

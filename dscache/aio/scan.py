@@ -85,7 +85,7 @@ class AsyncScan(ScanDriver, AsyncIterator[Item]):
     """The names or Records of a prefix, by ``async for``; made by ``AsyncCache.scan``.
 
     It has no connection and no task of its own, so an iteration may stop anywhere. An exception
-    doesn't end it: the next step goes on behind the last names that were found.
+    doesn't end it: the next step continues after the last names that were found.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class AsyncScan(ScanDriver, AsyncIterator[Item]):
 
     @property
     def cursor(self) -> str:
-        """A text with which another scan goes on behind the last batch that was taken whole: str.
+        """The text with which another scan continues after the last complete batch: str.
 
         Pass it as ``cursor`` to ``scan`` with the same prefix, servers and key layout.
         """

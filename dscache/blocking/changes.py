@@ -6,7 +6,6 @@ import inspect
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -15,6 +14,7 @@ from .._locks import make_lock
 from ..core import changes as core
 from ..core.failures import of_call
 from ..core.holder import GLANCE, Holder, nothing
+from ..core.markers import Omitted, Ttl
 from ..errors import DscacheError
 from ..net.backoff import full_jitter
 
@@ -54,8 +54,8 @@ class Changes:
         operation: str,
         name: str,
         change: Callable[[Any], Any],
-        default: bytes | core.Omitted,
-        ttl: int | timedelta | None,
+        default: bytes | Omitted,
+        ttl: Ttl,
         if_changed: bool = False,
         type: Any = None,
         successor: core.Successor | None = None,

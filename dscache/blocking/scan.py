@@ -25,8 +25,8 @@ class Scan(Iterator[Item]):
     """The names or Records of a prefix, by ``for``; made by ``Cache.scan``.
 
     It opens a connection to each server in turn. It closes the connection at the end of the
-    iteration, in ``close``, or when it is dropped. An exception doesn't end it: the next step goes
-    on behind the last names that were found.
+    iteration, in ``close``, or when it is dropped. An exception doesn't end it: the next step
+    continues after the last names that were found.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Scan(Iterator[Item]):
 
     @property
     def cursor(self) -> str:
-        """A text with which another scan goes on behind the last batch that was taken whole: str.
+        """The text with which another scan continues after the last complete batch: str.
 
         Pass it as ``cursor`` to ``scan`` with the same prefix, servers and key layout.
         """
@@ -80,7 +80,7 @@ class Scan(Iterator[Item]):
         return self._finds.scan.skipped
 
     def close(self) -> None:
-        """Close the connection; an iteration that goes on opens another one."""
+        """Close the connection; an iteration that continues opens another one."""
         server, self._server = self._server, None
         if server is not None:
             server.discard()

@@ -52,7 +52,7 @@ class BlockingChange(Change[DataT]):
     """A change that a watch of a Cache reports."""
 
     def read(self) -> Record[DataT] | None:
-        """Return the record as it is now, read from its primary, or None without one.
+        """Return the record as it is now, read from its primary, or None if it is gone.
 
         The call raises the errors of ``Cache.get``.
         """

@@ -17,6 +17,7 @@ from ..admin import ndjson
 from ..admin.cache import open_cache
 from ..admin.indent import indented
 from ..config import Config
+from ..core.markers import KEEP, Ttl
 from ..errors import DscacheError, RecordError, RecordMissing, shorten
 from . import signals
 from .options import Chosen, flag, with_all_options
@@ -41,8 +42,8 @@ def edit(
 
     The edited data becomes the next version. Nothing is written if the text stays the same, or if
     another client has written the record in the meantime. Edited text that was not written, for
-    whatever reason, stays in a file that the command names. A lifetime ends with the write, as
-    with set. The exit status is 1 if an edited record was not written.
+    whatever reason, stays in a file that the command names. The record keeps its lifetime. The exit
+    status is 1 if an edited record was not written.
     """
     config = chosen.load()
     record = run(_read(config, name))
@@ -95,7 +96,9 @@ async def _read(config: Config, name: str) -> Record | None:
 async def _write(config: Config, name: str, version: int, text: bytes, *, existed: bool) -> bool:
     async with open_cache(config) as cache:
         expected = version if existed else None
-        return await cache.set(name, version + 1, msgspec.Raw(text), if_version=expected)
+        raw = msgspec.Raw(text)
+        ttl: Ttl = KEEP if existed else None
+        return await cache.set(name, version + 1, raw, ttl=ttl, if_version=expected)
 
 
 def _edited(file: Path) -> bytes:

@@ -72,11 +72,11 @@ def load(
     - a URL, ``host:port`` or ``localhost``
     - a Config, which is returned
 
-    A file or mapping is either deepstream's whole configuration, of which only the cache's section
-    is read, or that section alone. A mapping may also have just the options. In a file, ``${NAME}``
-    is replaced by the variable of ``environ``, by default the process's environment. A mapping and
-    a URL are taken as they are. ``options`` override those of the source. They are named as in a
-    file, or in snake_case.
+    A file or mapping is deepstream's whole configuration, or only its section ``cache``. In the
+    first case, only that section is read. A mapping may also have just the options. In a file,
+    ``${NAME}`` is replaced by the variable of ``environ``, by default the process's environment. A
+    mapping and a URL are taken as they are. ``options`` override those of the source. They are
+    named as in a file, or in snake_case.
 
     Raises ConfigError, whose text begins with the place of the mistake.
     """

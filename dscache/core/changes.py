@@ -7,8 +7,6 @@ of asyncio and of threads execute the steps, and keep the updates of one name in
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from datetime import timedelta
-from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
@@ -17,40 +15,11 @@ from .. import _backend
 from ..errors import DeadlineExceeded, RecordError, RecordMissing, UsageError, shorten
 from . import constants as c
 from . import failures
+from .markers import DELETE, KEEP, OMITTED, Omitted, Ttl
 
 if TYPE_CHECKING:
     from .record import Record
 
-
-class Outcome(Enum):
-    """The type of ``KEEP`` and ``DELETE``, which a change returns in place of new data.
-
-    ``dscache.KEEP`` leaves the record as it is, and ``dscache.DELETE`` removes it.
-    """
-
-    KEEP = "KEEP"
-    DELETE = "DELETE"
-
-    def __repr__(self) -> str:
-        return f"dscache.{self.name}"
-
-
-class Omitted(Enum):
-    """The type of an argument that was not given, where None is a value."""
-
-    OMITTED = "OMITTED"
-
-    def __repr__(self) -> str:
-        return "..."
-
-    __str__ = __repr__
-
-
-KEEP: Final = Outcome.KEEP
-"""A change returns it to leave the record as it is."""
-DELETE: Final = Outcome.DELETE
-"""A change returns it to remove the record."""
-OMITTED: Final = Omitted.OMITTED
 
 # The longest pause after the first conflict, and after many, in seconds. Between two attempts of a
 # writer the others finish about one write each, which takes a fraction of a millisecond.
@@ -102,13 +71,11 @@ def check_change(operation: str, change: object) -> None:
         raise TypeError(f"{operation}: change must be a function, not {shorten(change)}")
 
 
-def check_arguments(
-    name: str, default: object, ttl: int | timedelta | None
-) -> tuple[str, bytes | Omitted]:
+def check_arguments(name: str, default: object, ttl: Ttl) -> tuple[str, bytes | Omitted]:
     """Return the name, and the JSON text of the default; raises RecordError if one is bad."""
     name = _backend.core.check_name(name)
     if ttl is not None:
-        failures.check_ttl(name, ttl)
+        failures.check_ttl(name, ttl, True)
     return name, OMITTED if default is OMITTED else _backend.core.encode_data(name, default)
 
 
@@ -136,7 +103,7 @@ def change_steps(
     operation: str,
     name: str,
     default: bytes | Omitted,
-    ttl: int | timedelta | None,
+    ttl: Ttl,
     timing: Timing,
     if_changed: bool = False,
     type: Any = None,

@@ -9,15 +9,16 @@ cdef enum:
     MAX_DEPTH = 32
     TIMED = 8  # operations with latencies: single ones, and behind them bulks
     LATENCY_BOUNDS = 17
+    KEPT_TTL = -1
 
 if (
     *(GET, HEAD, SET, SET_TTL, SET_IF_NEWER, DELETE_IF, DELETE, COMMAND),
-    *(READ_KEY, WRITE_KEY, PUBLISH, SLOTS, MAX_DEPTH, b"_v", b"_d", TIMED, LATENCY_BOUNDS, LIVE),
+    *(READ_KEY, WRITE_KEY, PUBLISH, SLOTS, MAX_DEPTH, b"_v", b"_d", TIMED, LATENCY_BOUNDS, LIVE, KEPT_TTL),
 ) != (
     *(c.GET, c.HEAD, c.SET, c.SET_TTL, c.SET_IF_NEWER, c.DELETE_IF, c.DELETE, c.COMMAND),
     *(c.READ_KEY, c.WRITE_KEY, c.PUBLISH, c.SLOTS, c.MAX_DEPTH),
     *(c.VERSION_SUFFIX, c.DATA_SUFFIX),
-    *(len(c.TIMED), len(c.LATENCY_BOUNDS), tracking.LIVE),
+    *(len(c.TIMED), len(c.LATENCY_BOUNDS), tracking.LIVE, c.KEPT_TTL),
 ):
     raise ImportError("dscache._fast was built for another dscache.core.constants; build it again")
 

@@ -28,6 +28,9 @@ TAG_FOR_BRACE: Final = b"}{0}"
 
 MAX_VERSION: Final = 2**63 - 1
 
+# In place of the seconds of a write that keeps the lifetime of its record.
+KEPT_TTL: Final = -1
+
 # Bounds of data to be encoded, the same on every Python: msgspec and ``json`` stop at the end of
 # the stack, which comes after 1000 levels on one and after 100,000 on another, and a value that
 # leads to its parts on 2**n paths has that many parts in its text. Redis takes 512 MiB.

@@ -5,7 +5,10 @@ cdef _Write make_write(long long default_ttl, str name, version, data, ttl, if_n
     """Return the checked and encoded content of a record; raises RecordError."""
     cdef _Write write = _Write.__new__(_Write)
     write.version = check_version(name, version)
-    write.ttl = default_ttl if ttl is None else failures.check_ttl(name, ttl)
+    if ttl is None:
+        write.ttl = default_ttl
+    else:
+        write.ttl = failures.check_ttl(name, ttl, bool(if_newer) or if_version is not ANY)
     write.text = encode_data(name, data)
     write.guard = GUARDED if if_newer else UNGUARDED
     if if_version is not ANY:

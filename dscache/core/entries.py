@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import timedelta
 from typing import Any
 
 from .._interruptions import raise_interruption
@@ -21,13 +20,14 @@ from .condition import (
     guard_of,
     guard_of_removal,
 )
+from .markers import Ttl
 from .record import check_name, check_version, encode_data
 
 
 def make_writes(
     default_ttl: int,
     records: Mapping[str, tuple[int, Any]],
-    ttl: int | timedelta | None,
+    ttl: Ttl,
     if_newer: bool,
     if_version: IfVersions,
 ) -> tuple[dict[str, Any], int, int]:
@@ -56,13 +56,14 @@ def make_write(
     name: str,
     version: int,
     data: Any,
-    ttl: int | timedelta | None,
+    ttl: Ttl,
     if_newer: bool,
     if_version: IfVersion,
 ) -> Write:
     """Return the checked and encoded content of a record; raises RecordError."""
     number = check_version(name, version)
-    seconds = default_ttl if ttl is None else failures.check_ttl(name, ttl)
+    conditional = bool(if_newer) or if_version is not ANY
+    seconds = default_ttl if ttl is None else failures.check_ttl(name, ttl, conditional)
     text = encode_data(name, data)
     guard = c.GUARDED if if_newer else c.UNGUARDED
     if if_version is not ANY:

@@ -24,6 +24,7 @@ from ..errors import (
 )
 from . import constants as c
 from .keys import NOTE_SUFFIX
+from .markers import KEEP
 
 # Errors that hiredis raises for invalid RESP, beside its own: for a member of a map or set that
 # isn't hashable, and for invalid numbers. A signal handler may raise the same classes.
@@ -126,8 +127,13 @@ def check_switch(operation: str, option: str, value: object) -> None:
         raise UsageError(f"{operation}: {option} must be True or False, not {shorten(value)}")
 
 
-def check_ttl(name: str, ttl: object) -> int:
-    """Return a ttl in whole seconds, or raise RecordError."""
+def check_ttl(name: str, ttl: object, conditional: bool) -> int:
+    """Return a ttl in whole seconds, or KEPT_TTL for ``KEEP``; raises RecordError.
+
+    Only a conditional write can keep the lifetime of its record.
+    """
+    if ttl is KEEP and conditional:
+        return c.KEPT_TTL
     seconds = ttl if type(ttl) is int else whole_seconds(ttl)
     if seconds is None or not 0 <= seconds <= c.MAX_TTL:
         raise RecordError(f"record {shorten(name)}: {_bad_ttl(ttl)}", name=name)
@@ -140,7 +146,11 @@ def bad_ttl(operation: str, ttl: object) -> RecordError:
 
 
 def _bad_ttl(ttl: object) -> str:
-    remedy = "; write 0 for no lifetime" if ttl == timedelta(0) else ""
+    remedy = ""
+    if ttl == timedelta(0):
+        remedy = "; write 0 for no lifetime"
+    elif ttl is KEEP:
+        remedy = "; update, or a set with if_newer or if_version, can keep a lifetime"
     return (
         f"ttl must be whole seconds from 1 to {c.MAX_TTL} as an int or a timedelta, 0 for none or "
         f"None for the configured default, not {shorten(ttl)}{remedy}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from typing import Any, Final
 
 from .. import _backend
@@ -26,6 +25,7 @@ from .condition import (
     guard_of,
     guard_of_removal,
 )
+from .markers import Ttl
 
 NO_CONNECTIONS: Final = {
     **dict.fromkeys(("connections", "connects", "reconnections", "redirections"), 0),
@@ -74,13 +74,14 @@ class MemoryPipeline:
         name: str,
         version: int,
         data: Any,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> Any:
         """Write; return a done waiter with True, or False if its condition doesn't hold."""
         name = self._checked(name)
-        content = self._content(name, version, data, ttl)
+        conditional = bool(if_newer) or if_version is not ANY
+        content = self._content(name, version, data, ttl, conditional)
         if if_version is not ANY:
             check_one(name, if_newer)
             guard_of(name, if_version)
@@ -109,7 +110,7 @@ class MemoryPipeline:
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> Any:
@@ -119,6 +120,7 @@ class MemoryPipeline:
             raise failures.bad_records(records)
         if if_version is not ANY:
             check_many("set_bulk", if_newer, if_version)
+        conditional = bool(if_newer) or if_version is not ANY
         contents: dict[str, tuple[int, bytes, int, bool, IfVersion]] = {}
         for given, pair in records.items():
             name = self._core.check_name(given)
@@ -129,7 +131,7 @@ class MemoryPipeline:
             expected: IfVersion = ANY
             if if_version is not ANY:
                 expected = expected_of("set_bulk", name, if_version)
-            content = self._content(name, version, data, ttl)
+            content = self._content(name, version, data, ttl, conditional)
             if expected is not ANY:
                 guard_of(name, expected)
             contents[name] = *content, if_newer, expected
@@ -206,10 +208,10 @@ class MemoryPipeline:
         return dict.fromkeys(map(self._core.check_name, names))
 
     def _content(
-        self, name: str, version: object, data: object, ttl: int | timedelta | None
+        self, name: str, version: object, data: object, ttl: Ttl, conditional: bool
     ) -> tuple[int, bytes, int]:
         number = self._core.check_version(name, version)
-        seconds = self._ttl if ttl is None else failures.check_ttl(name, ttl)
+        seconds = self._ttl if ttl is None else failures.check_ttl(name, ttl, conditional)
         return number, self._core.encode_data(name, data), seconds
 
     # -- the records
@@ -258,15 +260,21 @@ class MemoryPipeline:
                 return False
         elif not self._holds(name, if_version):
             return False
-        now = self._clock()
-        expiry = now + ttl if ttl else float("inf")
+        expiry = self._expiry(name, ttl)
         self._records[name] = (version, text, expiry)
-        if ttl:
+        if ttl > 0:
             heapq.heappush(self._expiries, (expiry, name))
         self.expire()
         self._counts["writes"] += 1
         self._tell(name)
         return True
+
+    def _expiry(self, name: str, ttl: int) -> float:
+        """Return when a record is to end that is written now; ``ttl`` is in seconds or KEPT_TTL."""
+        if ttl == constants.KEPT_TTL:
+            stored = self._stored(name)
+            return float("inf") if stored is None else stored[2]
+        return self._clock() + ttl if ttl else float("inf")
 
     def _holds(self, name: str, if_version: IfVersion) -> bool:
         """Return whether a condition holds, and count it if it doesn't."""

@@ -36,7 +36,6 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from functools import partial
 from sys import getsizeof
 from threading import get_ident
@@ -46,6 +45,7 @@ from . import constants as c
 from . import failures, typed
 from .batch import latest_serial
 from .condition import ANY, IfVersion, IfVersions, IfVersionsHeld
+from .markers import Ttl
 from .near_parts import BulkRead, NearSettings
 from .record import Record, check_name
 from .resp import Encoder
@@ -271,7 +271,7 @@ class NearCache(NearStore):
         name: str,
         version: int,
         data: Any,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> Any:
@@ -314,7 +314,7 @@ class NearCache(NearStore):
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> Any:

@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import Any, Final, TypeAlias
 
 from ..errors import RecordError, shorten
-from .changes import OMITTED, plain_copy
+from .changes import plain_copy
+from .markers import OMITTED
 
 Steps: TypeAlias = list[str | int]
 """A path: the names of members, and the indexes of elements."""

@@ -80,7 +80,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from threading import get_ident
 from typing import Any, Final
 
@@ -99,6 +98,7 @@ from .condition import (
 )
 from .entries import kind_of, make_removal, make_removals, make_write, make_writes, new_bulk, unique
 from .keys import slot_of_key
+from .markers import Ttl
 from .message import MessageDispatcher, pack_message
 from .near_cache import Epoch, NearCache, Reachability
 from .pushes import take_message, take_push
@@ -249,7 +249,7 @@ class Pipeline:
         name: str,
         version: int,
         data: Any,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> Any:
@@ -303,7 +303,7 @@ class Pipeline:
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> Any:

@@ -443,6 +443,8 @@ def _attach_to_newer_write(
         later.kind == c.SET_IF_NEWER and there.version <= entry.version
     ):
         return False
+    elif there.ttl == c.KEPT_TTL:
+        return False  # it keeps the lifetime that the refused write would have given
     else:
         there.waiter = with_waiter(there.waiter, SupersededWrite(entry.waiter, make, False))
     return True

@@ -312,7 +312,10 @@ cdef class _Encoder:
             self._put_number(write.version)
             self._put_text(write.text)
             if not is_shared or i == last - 1:
-                self._put_number(write.ttl)
+                if write.ttl == KEPT_TTL:
+                    self._put_text(b"-1")
+                else:
+                    self._put_number(write.ttl)
                 self._put_text(sent_guard(write, i < batch.repeated))
         return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from typing import Any
 
 from . import constants as c
@@ -12,6 +11,7 @@ from .batch import Write
 from .condition import ANY, IfVersion, IfVersions, IfVersionsHeld
 from .entries import kind_of, make_removals, make_writes, new_bulk, unique
 from .keys import slot_of_key
+from .markers import Ttl
 from .near_cache import PendingRead
 from .pipeline import Pipeline
 from .record import check_name
@@ -59,7 +59,7 @@ class Router:
         name: str,
         version: int,
         data: Any,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersion = ANY,
     ) -> Any:
@@ -85,7 +85,7 @@ class Router:
     def set_bulk(
         self,
         records: Mapping[str, tuple[int, Any]],
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
         if_newer: bool = False,
         if_version: IfVersions = ANY,
     ) -> Any:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
-# KEYS: _v, _d of each record. ARGV: version, data of each record; behind these the ttl in seconds,
-# or 0, and the guard of all. If they differ between records, each has its own behind its data.
-# Without data, the record is removed. A command has guards for all its records or for none, and no
-# name twice. The answer is 1 if all were written or removed, else that of each record.
+# KEYS: _v, _d of each record. ARGV: version, data of each record; behind these the ttl of all in
+# seconds, 0 for none or -1 for what is left, and the guard of all. If they differ between records,
+# each has its own behind its data. Without data, the record is removed. A command has guards for
+# all its records or for none, and no name twice. The answer is 1 if all were written or removed,
+# else that of each record.
 # A call of a command costs the script as much as all else for a record. So one MGET reads the
-# versions, and one MSET writes what has no ttl. Each further text costs it a tenth of MSET. Only
-# records that aren't plainly older are looked at one by one; an anchored pattern finds that all are
-# digits in a third of the time of a search for something else.
+# versions, one EXISTS finds that expected records have their data, and one MSET writes what has no
+# ttl. Each further text costs it a tenth of MSET. Only records of which these don't show that the
+# guard holds are looked at one by one. An anchored pattern finds that all versions are digits in a
+# third of the time of a search for something else.
+# EXISTS doesn't see that data is a list, for instance, and no text. Such data is then overwritten,
+# as by any other write.
 # Lua's numbers are doubles and lose versions beyond 2^53, so versions are compared as text.
 # Lifetimes end at a point in time that is computed once: of two SET ... EX in a script, Redis
 # 7.0 lets every 400th pair expire at different milliseconds.
@@ -66,6 +70,15 @@ if guard ~= '0' then
   local all, text = pcall(table.concat, stored)
   plain = not stored.err and all and string.find(text, '^%d+$')
 end
+local are_whole
+local function whole()
+  if are_whole == nil then
+    local data_keys = {}
+    for i = 1, records do data_keys[i] = keys[2 * i] end
+    are_whole = redis.call('EXISTS', unpack(data_keys)) == records
+  end
+  return are_whole
+end
 local parts, n = {}, 0
 for i = 1, records do
   local k, a = 2 * i - 1, each * (i - 1) + 1
@@ -73,23 +86,33 @@ for i = 1, records do
   if each == 4 then ttl, guard = arguments[a + 2], arguments[a + 3] end
   local answer = 1
   if guard ~= '0' then
-    local old = stored[i]
-    if not (
-      plain and (guard == '1' or guard == '2') and old ~= ''
-      and (#old < #version or (#old == #version and old < version))
-    ) then
+    local old, holds = stored[i], false
+    if plain and old ~= '' then
+      if guard == '1' or guard == '2' then
+        holds = #old < #version or (#old == #version and old < version)
+      else
+        holds = guard == '=' .. old and whole()
+      end
+    end
+    if not holds then
       answer = check(k, version, data, guard)
       if answer ~= 1 then answers[i] = answer end
     end
   end
   if answer == 1 then
+    local at
+    if ttl == '-1' then
+      at = redis.call('PEXPIRETIME', keys[k])
+      at = at > 0 and string.format('%.0f', at)
+    elseif ttl ~= '0' then
+      at = expiry(ttl)
+    end
     if data == '' then
       redis.call('DEL', keys[k], keys[k + 1])
-    elseif ttl == '0' then
+    elseif not at then
       parts[n + 1], parts[n + 2], parts[n + 3], parts[n + 4] = keys[k], version, keys[k + 1], data
       n = n + 4
     else
-      local at = expiry(ttl)
       redis.call('SET', keys[k], version, 'PXAT', at)
       redis.call('SET', keys[k + 1], data, 'PXAT', at)
     end

@@ -11,7 +11,6 @@ import time
 from asyncio import InvalidStateError
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 
 from ..errors import RecordError, shorten
@@ -19,6 +18,7 @@ from . import constants as c
 from . import failures
 from .condition import ANY, IfVersion
 from .keys import KeyLayout
+from .markers import Ttl
 from .stats import Latencies
 from .waiters import Part
 
@@ -68,7 +68,7 @@ class SplitRecords:
         name: str,
         version: int,
         data: Any,
-        ttl: int | timedelta | None,
+        ttl: Ttl,
         if_newer: bool,
         if_version: IfVersion = ANY,
     ) -> Any:
@@ -76,7 +76,7 @@ class SplitRecords:
         if if_newer or if_version is not ANY:
             raise _unguardable(name)
         number = self._core.check_version(name, version)
-        seconds = self._ttl if ttl is None else failures.check_ttl(name, ttl)
+        seconds = self._ttl if ttl is None else failures.check_ttl(name, ttl, False)
         text = self._core.encode_data(name, data)
         waiter = self._begin(c.WRITE_KEY, name, len(text))
         return self._write(name, number, text, seconds, waiter)

@@ -119,7 +119,7 @@ class Events:
     async def emit(self, name: str, data: Any = None) -> int:
         """Emit an event to all servers; the result is the number of receiving connections.
 
-        The servers pass it on to their clients that are subscribed to the name. The listeners of
+        The servers pass the event on to clients that are subscribed to its name. The listeners of
         this peer get it too. ``data`` is any value that msgspec encodes.
 
         Raises MessageError for a bad name or data. The call also raises the errors of

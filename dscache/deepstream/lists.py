@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..core.changes import KEEP
 from ..core.failures import of_call
+from ..core.markers import KEEP
 from ..errors import DscacheError, RecordError, UsageError, shorten
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ class Lists:
     ) -> list[str]:
         """Add an entry, and tell the subscribers; the result is all entries.
 
-        The place is the ``index``, or the end without one. An entry that the list has already isn't
-        added again, unless ``unique`` is False. A missing list is created.
+        The entry is added at ``index``, by default at the end. If the list already has the entry,
+        it isn't added again, unless ``unique`` is False. A missing list is created.
 
         Raises UsageError for an entry that is no text, or an index outside of the list. Raises
         RecordError if the record is no list of texts. The call also raises the errors of

@@ -70,15 +70,16 @@ class Peer(AsyncResource):
         """Return a peer configured by a file, a mapping or a URL; it isn't connected yet.
 
         ``source`` is the path of deepstream's file, a mapping of the same shape or of options
-        alone, a URL or ``host:port``. Of a file, a peer reads the sections ``cache`` and
+        alone, a URL or ``host:port``. From a file, a peer reads the sections ``cache`` and
         ``clusterNode``. It also reads the options of ``record``, ``rpc`` and ``clusterRegistry``
         that servers and peers share.
 
-        ``server_name`` must be unique among all servers. The name in the file is that of
-        deepstream's server, so without ``server_name`` a random name is made. With ``reconcile``, a
-        peer has the servers read a record again after messages about it crossed. ``credentials``
-        and ``on_gap`` are as for ``MessageNode``. ``options`` override those of both sections, and
-        each goes to the connection that has it. They are named as in a file, or in snake_case.
+        ``server_name`` must be unique among all servers. The name in the file belongs to
+        deepstream's server, so a peer without ``server_name`` gets a random name. Messages about a
+        record may cross each other. With ``reconcile``, the peer then makes the servers read the
+        record again. ``credentials`` and ``on_gap`` are as for ``MessageNode``. ``options``
+        override the options of both sections. Each option goes to the connection that has it.
+        Options are named as in a file, or in snake_case.
 
         Raises ConfigError for a bad configuration.
         """

@@ -87,10 +87,10 @@ class Presence:
     def changes(self) -> PresenceChanges:
         """Return an iterator over the users that come online and go: ``async for change in ...``.
 
-        It reports changes from the call on. Call ``users`` after it, and no change is missed. In
-        the first second of a peer, servers still tell the users that are online already, and the
-        iterator reports these too. A user who is logged in at several servers goes with the last
-        one.
+        It reports changes from the call on. To miss no change, call ``changes`` first and ``users``
+        afterwards. In the first second of a peer, servers still tell the users that are online
+        already, and the iterator reports these too. A user who is logged in at several servers is
+        gone when the last server reports it.
         """
         self._check_open()
         opened = PresenceChanges(self._changes.discard)

@@ -19,7 +19,6 @@ import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -28,8 +27,9 @@ from msgspec import UNSET, UnsetType
 from .. import _backend
 from .._seconds import whole_seconds
 from ..aio.background_task import BackgroundTask
-from ..core.changes import DELETE, KEEP, OMITTED, check_change
+from ..core.changes import check_change
 from ..core.failures import bad_names, check_iterable, closed, of_call
+from ..core.markers import DELETE, KEEP, OMITTED, Ttl
 from ..core.patches import patch_of
 from ..errors import (
     ConnectionLost,
@@ -119,11 +119,11 @@ class Records:
         self._check_open()
         return self._cache.get(name)
 
-    async def set(self, name: str, data: Any, *, ttl: int | timedelta | None = None) -> Record:
+    async def set(self, name: str, data: Any, *, ttl: Ttl = None) -> Record:
         """Write a record, and tell the subscribers; the result is the Record written.
 
         ``data`` is an object or an array, because deepstream takes everything else for a missing
-        record. The version is one above the one in Redis, and 1 for a new record. Under a prefix of
+        record. The version is the one in Redis plus 1, or 1 for a new record. Under a prefix of
         ``record.storageHotPathPrefixes`` it is always 0. ``ttl`` is that of ``AsyncCache.set``.
 
         If the message to the servers can't be sent, the call returns normally, and the message is
@@ -150,7 +150,7 @@ class Records:
         change: Callable[[Any], Any],
         *,
         default: Any = OMITTED,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
     ) -> Record | None:
         """Change a record's data, and tell the subscribers; the result is the Record, or None.
 
@@ -169,7 +169,7 @@ class Records:
         name: str,
         change: Callable[[Any], Any],
         default: Any,
-        ttl: int | timedelta | None,
+        ttl: Ttl,
     ) -> Record | None:
         self._check_guarded(operation, name)
         check_change(operation, change)
@@ -206,24 +206,26 @@ class Records:
         value: Any = OMITTED,
         *,
         default: Any = OMITTED,
-        ttl: int | timedelta | None = None,
+        ttl: Ttl = None,
     ) -> Record:
         """Change one value of a record, and tell the subscribers; the result is the Record.
 
-        ``path`` is one of deepstream's client, such as ``address.street``. Without a ``value``, the
-        value there is removed. A patch that changes nothing writes and tells nothing, unless it has
-        a ``ttl``. ``default`` and ``ttl`` are those of ``AsyncCache.update``.
+        ``path`` is a path as in deepstream's client, such as ``address.street``. Without a
+        ``value``, the value at that path is removed. A patch that changes nothing writes and tells
+        nothing, unless its ``ttl`` is a lifetime. ``default`` and ``ttl`` are those of
+        ``AsyncCache.update``.
 
         Raises UsageError under a prefix of ``record.storageHotPathPrefixes``. The call also raises
         the errors of ``AsyncCache.patch``.
         """
         self._check_guarded("patch", name)
         patched = patch_of(name, OMITTED, path, value)
+        keeps = ttl is None or ttl is KEEP
 
         def change(data: Any) -> Any:
             before = _backend.core.encode_data(name, data)
             after = patched(data)
-            unchanged = ttl is None and _backend.core.encode_data(name, after) == before
+            unchanged = keeps and _backend.core.encode_data(name, after) == before
             return KEEP if unchanged else after
 
         record = await self._update("patch", name, change, default, ttl)
@@ -235,8 +237,8 @@ class Records:
     async def delete(self, name: str) -> bool:
         """Delete a record, and tell the subscribers; the result is whether it existed.
 
-        The subscribers are told in either case, as a client may hold open a record that is gone.
-        The call raises the errors of ``AsyncCache.delete``.
+        The subscribers are told even if it didn't exist, as a client may still hold the record
+        open. The call raises the errors of ``AsyncCache.delete``.
         """
         self._check_open()
         try:
@@ -265,9 +267,8 @@ class Records:
 
         In the pattern ``*`` stands for any text, and ``?`` for one character. The iterator reports
         the writes of any program, from Redis and from the servers' messages, and each version once.
-        After the last write, the last change of each name has the record as it is in Redis, unless
-        a gap is reported. At most ``max_pending`` changes wait to be taken. Beyond that, changes of
-        one name are merged.
+        The last change of a name has the record as it is in Redis, unless a gap is reported. At
+        most ``max_pending`` changes wait to be taken. Beyond that, changes of one name are merged.
 
         Raises UsageError for a bad argument. Beginning the iteration raises the errors of
         ``AsyncCache.watch``.
@@ -309,7 +310,7 @@ class Records:
 
     # -- telling
 
-    async def _tell_written(self, record: Record, ttl: int | timedelta | None) -> None:
+    async def _tell_written(self, record: Record, ttl: Ttl) -> None:
         name = record.name
         lifetime = self._cache.config.options.ttl if ttl is None else whole_seconds(ttl)
         if lifetime and len(self._expiries) < _MAX_WAITING:

@@ -46,8 +46,8 @@ Handler = Callable[[Any], Any]
 class Reject(Exception):  # an instruction of a handler, and no failure
     """Raised by a handler that can't serve a request now, so that another provider is tried.
 
-    It counts until a fifth of ``rpc.ackTimeout``, when the request is accepted. Raised later, it
-    fails the request.
+    Raise it within a fifth of ``rpc.ackTimeout``. After that time the request is accepted, and this
+    error fails the request.
     """
 
 
@@ -101,15 +101,15 @@ class RPCs:
     ) -> Callable[[], None]:
         """Provide an RPC by ``handler(data)``; return a function that ends it.
 
-        The handler returns the result, or an awaitable of it. A handler that fails has the caller
-        told:
+        The handler returns the result, or an awaitable of it. If the handler raises, the exception
+        decides what follows:
 
         - Reject, within a fifth of ``rpc.ackTimeout``: another provider is tried
         - RPCError: the caller gets the error's ``data``, or its text if that is None
         - any other exception: the caller gets its type, and it is logged
 
-        More than ``max_running`` requests at once are rejected. An async handler is cancelled after
-        ``rpc.responseTimeout``, when the caller has had an error already.
+        At most ``max_running`` requests run at once; further ones are rejected. An async handler is
+        cancelled after ``rpc.responseTimeout``, when the caller has had an error already.
 
         Raises UsageError for a bad argument, or if this peer provides that RPC already.
         """

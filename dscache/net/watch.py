@@ -68,11 +68,12 @@ class Change(Generic[DataT]):
 
     ``kind`` is one of these:
 
-    - "changed", "deleted": the record ``name`` was written, or is gone
+    - "changed": the record ``name`` was written
+    - "deleted": the record ``name`` is gone
     - "damaged": the record can't be read, for the ``reason``
     - "flushed": the server ``node`` has removed all its records
-    - "gap": changes may be missed from here on, for the ``reason``
-    - "resumed": changes are reported again
+    - "gap": from now on, the watch may miss changes, for the ``reason``
+    - "resumed": the watch reports changes again
     """
 
     kind: Kind
@@ -83,7 +84,7 @@ class Change(Generic[DataT]):
     record: Record[DataT] | None = None
     """The record as it was read after the report of the change, if the watch reads records."""
     node: str = ""
-    """The address of the server of a gap, its end or a flush; empty if all are concerned."""
+    """The server's address for "gap", "resumed" and "flushed"; empty if all servers are meant."""
     reason: str = ""
     """The reason of a gap, or of damage, in words."""
     _read: Callable[[str], Any] | None = field(default=None, repr=False, compare=False)

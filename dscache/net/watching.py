@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 from msgspec.structs import replace
 
 from ..config import Config, Options
+from ..core import failures
 from ..core.holder import Holder, Place
 from ..core.record import DataT
 from ..errors import BulkError, DscacheError, UsageError, shorten
@@ -111,7 +112,9 @@ class Watching(Generic[DataT]):
         return self._has_begun and not self.is_closed and self._pid == os.getpid()
 
     def _enter(self) -> None:
-        """Note that the block begins; raises UsageError for the second time."""
+        """Note that the block begins; raises UsageError a second time, or on a closed cache."""
+        if self._end is not None and not self._has_begun:
+            raise failures.closed("cache")
         if self._has_begun or self.is_closed:
             raise UsageError("a watch is entered once; call watch() again")
         self._has_begun = True

@@ -19,7 +19,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import attrs
 import msgspec
+import pydantic
 import pytest
 import redis as redis_py
 import trustme
@@ -391,6 +393,37 @@ async def test_a_read_with_a_type(cache: dscache.AsyncCache) -> None:
     assert (await cache.get("a", type=dict[str, str | int])).data == {"name": "Ada", "age": 36}
     assert (await cache.get("a", type=None)).data == {"name": "Ada", "age": 36}
     assert await cache.get("b", type=Person) is None
+
+
+class PersonModel(pydantic.BaseModel):
+    name: str
+    age: int = 0
+
+
+@dataclasses.dataclass
+class PersonDataclass:
+    name: str
+    age: int = 0
+
+
+@attrs.define
+class PersonAttrs:
+    name: str
+    age: int = 0
+
+
+@everywhere
+@pytest.mark.parametrize("person", [PersonModel, PersonDataclass, PersonAttrs])
+async def test_a_class_of_another_library(cache: dscache.AsyncCache, person: Any) -> None:
+    ada = person(name="Ada", age=36)
+    await cache.set("a", 3, ada)
+    await cache.set_bulk({"b": (4, ada), "bad": (5, {"name": 5})})
+    assert (await cache.get("a")).data == {"name": "Ada", "age": 36}
+    assert (await cache.get("a")).decode(person) == ada
+    assert tuple(await cache.get("a", type=person)) == (3, ada)
+    assert pairs(await cache.get_bulk(["a", "b"], type=person)) == {"a": (3, ada), "b": (4, ada)}
+    with pytest.raises(dscache.RecordDamaged, match=r"record 'bad', version 5: .*name"):
+        await cache.get("bad", type=person)
 
 
 @everywhere
@@ -1096,7 +1129,11 @@ async def test_two_caches_in_one_process(open_cache: MakeCache, kind: str) -> No
 @everywhere
 async def test_operations_return_ordinary_futures(cache: dscache.AsyncCache) -> None:
     future = cache.set("a", 1, [1])
-    assert isinstance(future, asyncio.Future)
+    others = [cache.get("b"), cache.head("b"), cache.delete("b"), cache.get_bulk(["b"])]
+    others += [cache.head_bulk(["b"]), cache.set_bulk({"c": (1, 1)}), cache.delete_bulk(["b"])]
+    # No subclass and no coroutine: each function of asyncio takes it in the same way.
+    assert {type(one) for one in (future, *others)} == {asyncio.Future}
+    assert await asyncio.gather(*others) == [None, None, False, {}, {}, set(), 0]
     seen: list[bool] = []
     future.add_done_callback(lambda done: seen.append(done.result()))
     async with asyncio.timeout(PATIENCE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from tests.conftest import BINARIES, WITHOUT_DATABASES
 from tests.soak.cluster_rows import CURIOUS
 from tests.support.blocking import ThreadedCache
 from tests.support.clusters import ClusterGroup
+from tests.support.either import Either
 from tests.support.waiting import PATIENCE
 
 DATABASES = 4
@@ -93,6 +95,62 @@ async def test_a_new_connection_selects_the_database_too(
             node.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         assert await cache.set_bulk(dict.fromkeys(NAMES, (2, 0)), if_newer=True) == set()
         assert sizes(group) == [0, 2 * len(NAMES), 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["AsyncCache", "Cache"])
+async def test_every_feature_uses_the_database(
+    kind: str, group: ClusterGroup, backend: str
+) -> None:
+    """Also over the connections of the near cache, of scans and of watches."""
+    node = group.nodes[0]
+    shared: dict[str, Any] = {"nodes": [{"host": node.host, "port": node.port}], **CURIOUS}
+    own = {**shared, "redisOptions": {"db": 2}, "nearCache": {"idleLimit": 30_000}}
+    async with (
+        asyncio.timeout(PATIENCE),
+        Either(kind, **shared) as zero,
+        Either(kind, **own) as other,
+        Either(kind, **own) as cache,
+    ):
+        await zero.do("set_bulk", dict.fromkeys([*NAMES, "user/of zero"], (9, "zero")))
+        await cache.do("set_bulk", {name: (1, {"n": name}) for name in NAMES})
+        assert {*await cache.all("user/")} == {*NAMES}
+        assert {one.version for one in await cache.all("user/", records=True)} == {1}
+        assert (await cache.do("update", NAMES[0], lambda data: 2)).version == 2
+        assert (await cache.do("patch", NAMES[1], {"n": None})).data == {}
+        assert (await cache.do("fetch", "loaded", lambda name: name, ttl=60)).data == "loaded"
+        assert await zero.do("get_bulk", ["loaded"]) == {}
+
+        def hits() -> int:
+            count: int = cache.cache.stats()["near_cache"]["hits"]
+            return count
+
+        before = hits()
+        while hits() == before:
+            assert (await cache.do("get", NAMES[2])).version == 1
+        await other.do("set", NAMES[2], 7, "new")
+        while (await cache.do("get", NAMES[2])).version != 7:
+            await asyncio.sleep(0.002)
+        watch = cache.cache.watch("user/", records=True)
+        if kind == "AsyncCache":
+            await watch.__aenter__()
+        else:
+            await asyncio.to_thread(watch.__enter__)
+        try:
+            await zero.do("set", "user/of zero", 10, "zero")
+            await other.do("set", "user/last", 4, "last")
+            changes = [await cache.next(watch)]
+            while changes[-1].name != "user/last":
+                changes.append(await cache.next(watch))
+            # Redis also reports keys of other databases, where there is no such record.
+            assert {(one.name, one.version) for one in changes} <= {
+                ("user/of zero", None),
+                ("user/last", 4),
+            }
+            assert changes[-1].record.data == "last"
+        finally:
+            await watch.close() if kind == "AsyncCache" else await asyncio.to_thread(watch.close)
+    # Each record is two keys, and a load has left none of its lease.
+    assert sizes(group) == [2 * len(NAMES) + 2, 0, 2 * len(NAMES) + 4, 0]
 
 
 async def test_a_database_that_the_cluster_lacks(

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -392,7 +394,9 @@ def test_an_interrupt_of_the_terminal_does_not_reach_the_server() -> None:
 
 
 @contextlib.contextmanager
-def command_line(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def command_line(
+    *arguments: str, hangup: Any = signal.SIG_DFL
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run ``python -m dscache.embedded``; yield the process and the first line of its output."""
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "dscache.embedded", *arguments],
@@ -400,6 +404,8 @@ def command_line(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # The tests may run with SIGHUP ignored, as nohup has it.
+        preexec_fn=partial(signal.signal, signal.SIGHUP, hangup),
     )
     assert process.stdout is not None
     try:
@@ -410,7 +416,7 @@ def command_line(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]
         process.communicate()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_on_the_command_line(sent: signal.Signals) -> None:
     with command_line("--port", "0") as (process, line):
         name, url = re.fullmatch(r"(\S+) at (\S+); Ctrl-C ends it .*\n", line).groups()
@@ -420,6 +426,16 @@ def test_on_the_command_line(sent: signal.Signals) -> None:
         process.send_signal(sent)
     assert process.returncode == 0
     assert not process_is_running(pid)
+
+
+def test_on_the_command_line_under_nohup() -> None:
+    with command_line("--port", "0", hangup=signal.SIG_IGN) as (process, line):
+        url = line.split()[2].rstrip(";")
+        process.send_signal(signal.SIGHUP)
+        with redis.Redis.from_url(url) as connection:
+            assert connection.ping()
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0
 
 
 def test_on_the_command_line_at_a_taken_port() -> None:

@@ -119,6 +119,27 @@ async def test_halves_and_damaged_records(cache: dscache.AsyncCache, redis: redi
     assert redis.type("list_v") == b"list"
 
 
+@pytest.mark.parametrize("remove", [False, True])
+async def test_one_bulk_of_whole_half_and_stale_records(
+    cache: dscache.AsyncCache, redis: redis_py.Redis, remove: bool
+) -> None:
+    expected = {"whole": 1, "half": 1, "stale": 2, "list": 1}
+    for half in (False, True):
+        await cache.set_bulk(dict.fromkeys(expected, (1, "old")))
+        redis.delete("list_d")
+        redis.lpush("list_d", 1)
+        if half:
+            redis.delete("half_d")
+        if remove:
+            assert await cache.delete_bulk(expected, if_version=expected) == (1 if half else 3)
+        else:
+            kept = await cache.set_bulk(dict.fromkeys(expected, (3, "new")), if_version=expected)
+            assert kept == ({"half", "stale", "list"} if half else {"stale"})
+        assert redis.mget("whole_v", "stale_v") == [None if remove else b"3", b"1"]
+        # Each is looked at by itself if one of them is half a record.
+        assert redis.type("list_d") == (b"list" if half else b"none" if remove else b"string")
+
+
 async def test_a_ttl_is_that_of_the_write(cache: dscache.AsyncCache, redis: redis_py.Redis) -> None:
     await cache.set("a", 1, [], ttl=1000)
     assert await cache.set("a", 2, [], ttl=0, if_version=2) is False

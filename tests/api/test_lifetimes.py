@@ -86,6 +86,93 @@ async def test_every_operation_writes_with_it(either: Either, redis: redis_py.Re
     assert sorted(redis.ttl(key) > 3600 for key in keys) == [False] * (len(keys) - 2) + [True] * 2
 
 
+KEPT = {"if_newer", "if_version", "a", "b", "c", "update", "patch"}
+
+
+async def rewrite_all(cache: Either) -> None:
+    """Write version 2 of records with version 1, each by another operation, and keep lifetimes."""
+    keep = {"ttl": dscache.KEEP}
+    assert await cache.do("set", "if_newer", 2, {}, if_newer=True, **keep)
+    assert not await cache.do("set", "if_newer", 2, {}, if_newer=True, **keep)
+    assert await cache.do("set", "if_version", 2, {}, if_version=1, **keep)
+    assert not await cache.do("set_bulk", {"a": (2, {}), "b": (2, {})}, if_newer=True, **keep)
+    assert not await cache.do("set_bulk", {"c": (2, {})}, if_version={"c": 1}, **keep)
+    assert (await cache.do("update", "update", lambda data: [1], **keep)).version == 2
+    assert (await cache.do("patch", "patch", path="n", value=1, **keep)).version == 2
+    assert (await cache.do("patch", "patch", path="n", value=1, **keep)).version == 2
+    assert set((await cache.do("head_bulk", KEPT)).values()) == {2}
+
+
+@on_one_server
+@pytest.mark.parametrize("kind", KINDS)
+async def test_keep_keeps_what_is_left(either: Either, redis: redis_py.Redis) -> None:
+    for ttl in (1000, 0):
+        await either.do("set_bulk", dict.fromkeys(KEPT, (1, {})), ttl=ttl)
+        keys = list(redis.scan_iter())
+        ends = [redis.pexpiretime(key) for key in keys]
+        assert len(ends) == 2 * len(KEPT)
+        await rewrite_all(either)
+        assert [redis.pexpiretime(key) for key in keys] == ends
+
+
+@on_one_server
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_new_record_that_keeps_its_lifetime_has_none(
+    backend: str, kind: str, server: EmbeddedServer, redis: redis_py.Redis
+) -> None:
+    async with Either(kind, url=server.url, ttl=1000) as cache:
+        await cache.do("set", "set", 1, {}, ttl=dscache.KEEP, if_version=None)
+        await cache.do("update", "update", lambda data: data, default={}, ttl=dscache.KEEP)
+        await cache.do("set", "other", 1, {})
+        assert {redis.ttl(f"{name}_{half}") for name in ("set", "update") for half in "vd"} == {-1}
+        assert redis.ttl("other_v") > 0
+
+
+@on_one_server
+@pytest.mark.parametrize("kind", KINDS)
+async def test_both_keys_keep_the_lifetime_of_the_version(
+    backend: str, kind: str, server: EmbeddedServer, redis: redis_py.Redis
+) -> None:
+    async with Either(kind, url=server.url) as cache:
+        await cache.do("set", "a", 1, {}, ttl=1000)
+        redis.delete("a_d")  # as a server evicts it
+        assert await cache.do("set", "a", 2, {}, ttl=dscache.KEEP, if_newer=True)
+        assert redis.pexpiretime("a_v") == redis.pexpiretime("a_d") > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_only_conditional_writes_can_keep_a_lifetime(
+    backend: str, kind: str, server: EmbeddedServer
+) -> None:
+    calls: list[tuple[Any, ...]] = [
+        ("set", "n", 1, {}),
+        ("set_bulk", {"n": (1, {})}),
+        ("fetch", "n", lambda name: {}),
+        ("fetch_bulk", ["n"], lambda names: {}),
+    ]
+    for options in ({"name": "memory"}, {"url": server.url}):
+        async with Either(kind, **options) as cache:
+            for call in calls:
+                with pytest.raises(
+                    dscache.RecordError,
+                    match=r"ttl must be .* not dscache\.KEEP; update, or a set with if_newer or ",
+                ):
+                    await cache.do(*call, ttl=dscache.KEEP)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_keep_keeps_what_is_left_in_memory(
+    backend: str, kind: str, clock: list[float]
+) -> None:
+    async with Either(kind, name="memory") as cache:
+        await cache.do("set_bulk", dict.fromkeys(KEPT, (1, {})), ttl=1000)
+        await cache.do("set", "new", 1, {}, ttl=dscache.KEEP, if_newer=True)
+        clock[0] += 999
+        await rewrite_all(cache)
+        clock[0] += 1
+        assert (await cache.do("get_bulk", {*KEPT, "new"})).keys() == {"new"}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 async def test_records_in_memory_end_by_it(backend: str, kind: str, clock: list[float]) -> None:
     async with Either(kind, name="memory") as cache:

@@ -451,6 +451,11 @@ async def test_a_watch_is_entered_once_and_before_its_iteration(
         assert await cache.next(watch) is None
         with pytest.raises(UsageError, match="entered once"):
             await enter(cache, watch)
+        never = cache.cache.watch()
+    with pytest.raises(UsageError, match="the cache is closed; open another one"):
+        await enter(cache, never)
+    with pytest.raises(UsageError, match="entered once"):
+        await enter(cache, watch)
 
 
 @ON_ONE_SERVER

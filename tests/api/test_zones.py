@@ -63,7 +63,7 @@ async def test_replicas_are_read_by_zone(zoned: ClusterGroup, kind: str, backend
 
 
 @pytest.mark.parametrize("kind", ["AsyncCache", "Cache"])
-async def test_another_replica_is_read_when_the_nearest_is_lost(
+async def test_others_are_read_when_the_nearest_is_lost(
     zoned: ClusterGroup, kind: str, backend: str
 ) -> None:
     first, second = replicas = zoned.replicas()
@@ -73,8 +73,11 @@ async def test_another_replica_is_read_when_the_nearest_is_lost(
         await until_read(cache, zoned, {first} if HAS_ZONES else set(replicas))
         await asyncio.to_thread(zoned.kill, first)
         await until_read(cache, zoned, {second})
+        await asyncio.to_thread(zoned.kill, second)
+        await until_read(cache, zoned, set(zoned.primaries()))
         await asyncio.to_thread(zoned.start, first)
+        await asyncio.to_thread(zoned.start, second)
         await asyncio.to_thread(zoned.wait_until_ok)
         if HAS_ZONES:
-            await asyncio.to_thread(first.ask, "CONFIG", "SET", "availability-zone", "b")
+            await asyncio.to_thread(set_zones, zoned)
         await until_read(cache, zoned, {first} if HAS_ZONES else set(replicas))

@@ -535,6 +535,36 @@ def test_completion_is_offered() -> None:
 
 
 @pytest.mark.parametrize(
+    ("typed", "offered"), [("dscache mi", ["migrate"]), ("dscache export --re", ["--restart"])]
+)
+def test_completion_is_installed_and_works(typed: str, offered: list[str], tmp_path: Path) -> None:
+    """By the name of the command, which is the one that a shell completes."""
+    command = tmp_path / "dscache"
+    command.write_text("import sys\nfrom dscache.cli import main\nsys.exit(main())\n")
+
+    def started(*words: str, **variables: str) -> str:
+        done = subprocess.run(
+            [sys.executable, str(command), *words],
+            env={**os.environ, "HOME": str(tmp_path), **variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+        )
+        return done.stdout
+
+    assert "installed" in started("--install-completion", "bash")
+    (script,) = (tmp_path / ".bash_completions").iterdir()
+    assert str(script) in (tmp_path / ".bashrc").read_text()
+    assert "complete -o default -F _dscache_completion dscache" in script.read_text()
+    # As the installed function does.
+    last = str(typed.count(" "))
+    words = {"COMP_WORDS": typed, "COMP_CWORD": last, "_DSCACHE_COMPLETE": "complete_bash"}
+    assert started(**words).split() == offered
+
+
+@pytest.mark.parametrize(
     ("entry", "error"),
     [
         ({"name": "memory"}, "mapping: the cache is inside its process"),

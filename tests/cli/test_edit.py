@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis as redis_py
 
 from dscache import Cache
 from dscache.embedded import EmbeddedServer
@@ -66,6 +67,18 @@ def test_a_change_is_the_next_version(
     assert record is not None
     assert (record.version, record.data) == (4, {"firstname": "Augusta", "visits": 1})
     assert left(tmp_path) == []
+
+
+def test_the_record_keeps_its_lifetime(
+    cache: Cache, edited_server: EmbeddedServer, editor: Callable[[str], None]
+) -> None:
+    cache.set("user/1", 3, {"firstname": "Ada"}, ttl=1000)
+    with redis_py.Redis(port=edited_server.port) as redis:
+        end = redis.pexpiretime("user/1_v")
+        editor("text = text.replace('Ada', 'Augusta')")
+        assert invoke("edit", "user/1", "--url", edited_server.url).status == 0
+        assert redis.pexpiretime("user/1_v") == redis.pexpiretime("user/1_d") == end > 0
+    assert cache.head("user/1") == 4
 
 
 def test_the_same_text_is_not_written(

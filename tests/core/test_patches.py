@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dscache.core.changes import OMITTED
+from dscache.core.markers import OMITTED
 from dscache.core.patches import MAX_FILL, merged, parse_path, patch_of, with_value
 from dscache.errors import RecordError
 

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.crc import key_slot
 
+import dscache
 from dscache.core import constants as c
 from dscache.core import failures, refusals, scripts
 from dscache.errors import (
@@ -158,6 +159,43 @@ def test_msetex_replaces_the_script_where_the_server_has_it(core: Any) -> None:
     assert exchange.server.lifetimes == {
         key: 7 if name == "c" else 60 for name in "abcd" for key in keys_of(name)
     }
+
+
+@pytest.mark.parametrize("msetex", [False, True], ids=["script", "msetex"])
+def test_a_kept_lifetime_is_that_of_the_write_before(core: Any, msetex: bool) -> None:
+    exchange = Exchange(core, msetex=msetex)
+    exchange.issue(
+        Op("set", "a", (1, 1), {"ttl": 60}),
+        Op("set", "a", (2, 2), {"ttl": dscache.KEEP, "if_newer": True}),
+        Op("set", "b", (1, 1), {"ttl": dscache.KEEP, "if_version": None}),
+        Op("set", "c", (1, 1), {"ttl": 7, "if_version": None}),
+    )
+    exchange.run()
+    exchange.issue(Op("set", "c", (2, 2), {"ttl": dscache.KEEP, "if_version": 1}))
+    exchange.run()
+    lifetimes = {key: 60 if name == "a" else 7 for name in "ac" for key in keys_of(name)}
+    assert exchange.server.lifetimes == lifetimes
+    assert [exchange.server.values[keys_of(name)[0]] for name in "abc"] == [b"2", b"1", b"2"]
+
+
+@pytest.mark.parametrize("ttl", [None, 9, dscache.KEEP], ids=str)
+def test_no_refused_write_counts_as_done_by_one_that_keeps_its_lifetime(
+    core: Any, ttl: Any
+) -> None:
+    exchange = Exchange(core)
+    exchange.issue(Op("set", "a", (1, 1), {"ttl": 9}))
+    exchange.take()
+    exchange.pipeline.whole_scripts = True
+    exchange.issue(Op("set", "a", (2, 2), {"ttl": ttl, "if_newer": True}))
+    exchange.take()
+    exchange.reply(Refusal(NOSCRIPT), [1])
+    first, second = exchange.waiters
+    assert second.result() is True
+    if ttl is dscache.KEEP:
+        with pytest.raises(ReplyError, match="NOSCRIPT"):
+            first.result()
+    else:
+        assert first.result() is True
 
 
 @pytest.mark.parametrize(

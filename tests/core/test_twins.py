@@ -29,6 +29,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from redis.crc import key_slot
 
+import dscache
 from dscache import _fast
 from dscache.core import constants as c
 from dscache.core import pure as _pure
@@ -437,7 +438,11 @@ versions = st.integers(0, 5) | st.just(2**63 - 1)
 data = st.sampled_from([1, "x", None, [], {"a": 1}, "\ud800"])
 junk = st.sampled_from(["", None, -1, 1.5, True, object, 2**63, "\ud800", b"a"])
 options = st.fixed_dictionaries(
-    {}, optional={"ttl": st.sampled_from([None, 0, 9, 60, -1]), "if_newer": st.booleans()}
+    {},
+    optional={
+        "ttl": st.sampled_from([None, 0, 9, 60, -1, dscache.KEEP]),
+        "if_newer": st.booleans(),
+    },
 )
 operations = st.one_of(
     st.builds(Operation, st.sampled_from(["get", "head", "delete"]), names | junk),

@@ -6,7 +6,10 @@ import copy
 import dataclasses
 import datetime
 import numbers
+import os
 import pickle
+import subprocess
+import sys
 import typing
 from collections.abc import Generator
 from typing import Annotated, Any, TypedDict
@@ -261,6 +264,45 @@ def test_a_model_is_written_as_its_own_json(core: Any) -> None:
     text = b'{"name":"Ada","years":36,"born":"1815-12-10"}'
     assert core.encode_data("a", ADA) == text
     assert core.encode_data("a", [ADA, "\ud800"]) == b"[" + text + rb',"\ud800"]'
+
+
+@pytest.mark.parametrize("backend", ["fast", "pure"])
+def test_the_libraries_of_models_are_optional(backend: str) -> None:
+    program = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['attr', 'attrs', 'pydantic']))\n"
+        "import dscache\n"
+        "with dscache.Cache({'name': 'memory'}) as cache:\n"
+        "    cache.set('a', 1, {'n': 2})\n"
+        "    assert cache.get('a', type=dict[str, int]).data == {'n': 2}\n"
+        "    try: cache.set('a', 2, object())\n"
+        "    except dscache.RecordError as error: print(error)\n"
+        "    try: cache.get('a', type=sys.__class__)\n"
+        "    except TypeError: print(dscache.BACKEND)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "DSCACHE_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = done.stdout.splitlines()
+    assert first.startswith("record 'a': ")
+    assert second == backend
+
+
+class OfAnotherLibrary:
+    """Has the method of a model alone."""
+
+    def model_dump_json(self, *, by_alias: bool) -> str:
+        return f'{{"by_alias":{str(by_alias).lower()}}}'
+
+
+def test_whatever_has_the_method_of_a_model_is_written(core: Any) -> None:
+    text = b'{"by_alias":true}'
+    assert core.encode_data("a", OfAnotherLibrary()) == text
+    assert core.encode_data("a", {"n": [OfAnotherLibrary()]}) == b'{"n":[' + text + b"]}"
 
 
 @pytest.mark.parametrize(

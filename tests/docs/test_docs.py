@@ -212,6 +212,15 @@ def test_the_readme_is_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_the_block_that_installs_can_be_pasted_whole() -> None:
+    """It leaves the compiled core, and ends with the check."""
+    first = next(block for block in blocks(README) if block.language == "sh")
+    *installs, check = first.text.splitlines()
+    assert check == "dscache --version"
+    assert [line.split()[:2] for line in installs] == [["pip", "install"]] * len(installs)
+    assert "DSCACHE_NO_EXTENSIONS" not in first.text
+
+
 @pytest.mark.parametrize(
     "part", ["type=", "if_newer=True", ".update(", "nearCache", '["hits"]', "dscache.prometheus"]
 )

@@ -340,6 +340,23 @@ def test_the_source_tree_says_that_it_is_not_built(tmp_path: Path) -> None:
     assert backend_of(sources, DSCACHE_BACKEND="pure").stdout == "pure\n"
 
 
+def test_the_check_tells_of_the_installed_package_in_every_folder(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """Also in the folder of the sources, which ``import dscache`` would find there."""
+    installed = unpack(wheel, tmp_path / "installed")
+    sources = copy_sources(tmp_path / "sources")
+    command = tmp_path / "dscache"
+    command.write_text("import sys\nfrom dscache.cli import main\nsys.exit(main())\n")
+    for folder in (tmp_path, sources, sources / "dscache", installed):
+        done = run(str(command), "--version", cwd=folder, PYTHONPATH=str(installed))
+        assert done.returncode == 0, done.stdout
+        first, libraries = done.stdout.splitlines()
+        assert first.startswith(f"dscache {dscache.__version__}, fast core")
+        assert first.endswith(f", in {installed / 'dscache'}")
+        assert {"hiredis", "msgspec", "redis"} <= {*libraries.replace(",", "").split()}
+
+
 def test_a_core_for_another_python_is_not_passed_over_silently(
     pure_wheel: Path, tmp_path: Path
 ) -> None:

@@ -407,6 +407,8 @@ class ModelServer:
 
     def _store(self, key: bytes, value: bytes, ttl: int) -> None:
         self.values[key] = value
+        if ttl == c.KEPT_TTL:
+            return
         self.lifetimes.pop(key, None)
         if ttl:
             self.lifetimes[key] = ttl

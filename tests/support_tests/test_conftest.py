@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests import conftest
 from tests.conftest import BINARIES
 from tests.support.documents import PROJECT
 
@@ -39,3 +40,19 @@ def test_the_server_of_a_wheel_is_enough_to_collect_every_test() -> None:
         check=False,
     )
     assert done.returncode == pytest.ExitCode.OK, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_the_header_names_the_servers_and_what_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def header() -> dict[str, str]:
+        lines = (line.partition(": ") for line in conftest.pytest_report_header())
+        return {title: text for title, _, text in lines}
+
+    names = [conftest._server_id(server) for server in conftest.SERVERS]
+    assert header()["servers"] == ", ".join(names)
+    monkeypatch.setattr(conftest, "SERVERS", [])
+    monkeypatch.setattr(conftest, "OLDEST_AND_NEWEST", BINARIES[:1])
+    monkeypatch.setattr(conftest, "WITHOUT_DATABASES", [])
+    found = header()
+    assert found["servers"] == "none"
+    assert "a second server version, so one stands for the oldest and the newest" in found["absent"]
+    assert "a server whose clusters have one database only" in found["absent"]
