@@ -78,7 +78,7 @@ class ClusterPool(Pool):
     def _close_departed(self) -> None:
         """Close the connections to departed nodes, of lines that no thread uses."""
         for line in self._idle.copy():  # in one step, unlike a list of it
-            # Who finds no line idle waits for the lock, and then finds this one.
+            # A thread that finds no line idle waits for the lock, and then finds this one.
             with self._lock:
                 try:
                     self._idle.remove(line)

@@ -336,7 +336,7 @@ class Pool:
         A thread that puts one back looks behind that whether it is retired. So the thread that has
         retired it and found it in use leaves nothing behind.
         """
-        # Who finds none idle and no place free waits for the lock, and then finds the place free.
+        # A thread that finds none idle waits for the lock, and then finds this place free.
         with self._lock:
             try:
                 self._idle.remove(connection)
