@@ -1,37 +1,40 @@
 """Versioned JSON records in Redis, as deepstream.io keeps them, for fast Python servers."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from ._start import CommandImports
 
-from ._backend import BACKEND, core, make_message, make_record
-from ._version import __version__
-from .cache import AsyncCache
-from .core.condition import ANY
-from .core.loading import Loaded
-from .core.markers import DELETE, KEEP
-from .errors import (
-    BulkError,
-    ConfigError,
-    ConnectError,
-    ConnectionLost,
-    DeadlineExceeded,
-    DscacheError,
-    LoadError,
-    MessageError,
-    Overloaded,
-    ProtocolError,
-    RecordDamaged,
-    RecordError,
-    RecordMissing,
-    ReplyError,
-    RPCError,
-    RPCTimeout,
-    UsageError,
-)
+with CommandImports():
+    from importlib import import_module
+    from typing import TYPE_CHECKING, Any
+
+    from ._backend import BACKEND, core, make_message, make_record
+    from ._version import __version__
+    from .core.condition import ANY
+    from .core.loading import Loaded
+    from .core.markers import DELETE, KEEP
+    from .errors import (
+        BulkError,
+        ConfigError,
+        ConnectError,
+        ConnectionLost,
+        DeadlineExceeded,
+        DscacheError,
+        LoadError,
+        MessageError,
+        Overloaded,
+        ProtocolError,
+        RecordDamaged,
+        RecordError,
+        RecordMissing,
+        ReplyError,
+        RPCError,
+        RPCTimeout,
+        UsageError,
+    )
 
 if TYPE_CHECKING:
     # Both cores have the same interface; type checkers read the one written in Python.
     from . import deepstream as deepstream
+    from .cache import AsyncCache
     from .core.pure import Message, Record
     from .messages import MessageNode
     from .sync import Cache
@@ -40,11 +43,11 @@ else:
     Record = core.Record
 
     def __getattr__(name: str) -> Any:
-        # Cache imports redis-py, which takes longer to import than all of dscache; MessageNode's
-        # import too is paid only by the programs that use it.
-        module = {"Cache": "sync", "MessageNode": "messages"}.get(name)
-        if name == "deepstream":
-            return import_module(".deepstream", __name__)
+        # The import of a cache or of MessageNode is paid only by the programs that use it. That of
+        # redis-py, for Cache, takes longer than all the others.
+        if name in ("cache", "deepstream"):
+            return import_module(f".{name}", __name__)
+        module = {"AsyncCache": "cache", "Cache": "sync", "MessageNode": "messages"}.get(name)
         if module is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         found = globals()[name] = getattr(import_module(f".{module}", __name__), name)

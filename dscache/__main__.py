@@ -1,6 +1,9 @@
 """``python -m dscache``: the command line."""
 
-from .cli import main
+from ._start import CommandImports
+
+with CommandImports():
+    from .cli import main
 
 if __name__ == "__main__":
     main()

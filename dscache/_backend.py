@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from ._start import BACKEND_VARIABLE
+
 if TYPE_CHECKING:
     from .core.pure import Message, Record
 
@@ -35,12 +37,12 @@ def choose(wanted: str | None) -> tuple[str, ModuleType]:
         del sys.modules[_MODULES["fast"]]
     if wanted:
         if wanted not in _MODULES:
-            raise ImportError(f'DSCACHE_BACKEND={wanted!r}: must be "fast" or "pure"')
+            raise ImportError(f'{BACKEND_VARIABLE}={wanted!r}: must be "fast" or "pure"')
         try:
             return wanted, importlib.import_module(_MODULES[wanted])
         except ImportError as error:
             raise ImportError(
-                f"DSCACHE_BACKEND={wanted}: {_MODULES[wanted]} can't be loaded: {error}; "
+                f"{BACKEND_VARIABLE}={wanted}: {_MODULES[wanted]} can't be loaded: {error}; "
                 "unset the variable to take whichever core loads, or reinstall dscache"
             ) from error
     try:
@@ -126,7 +128,7 @@ def make_message(topic: int, sender: str, raw: bytes) -> Message:
 # Pickles contain this module name, wherever the functions are defined.
 make_record.__module__ = make_message.__module__ = __package__
 
-BACKEND, core = choose(os.environ.get("DSCACHE_BACKEND"))
+BACKEND, core = choose(os.environ.get(BACKEND_VARIABLE))
 if BACKEND == "pure":
     _stand_in()
 

@@ -479,7 +479,7 @@ class MessageNode(AsyncResource):
         if not self._damage_logged:
             self._damage_logged = True
             _logger.error(
-                "topic %d: received %s, which is no deepstream message; further ones are only "
+                "topic %d: received %s, which isn't a deepstream message; further ones are only "
                 "counted",
                 topic,
                 shorten(payload),

@@ -44,7 +44,7 @@ def register(
     """Export a cache's metrics in a registry, with the label ``cache`` set to ``name``.
 
     Each cache of a registry needs its own name. Returns the registry's CacheCollector. Its
-    ``remove(name)`` ends the export. Raises TypeError if ``cache`` is no cache, and ValueError if
+    ``remove(name)`` ends the export. Raises TypeError if ``cache`` isn't a cache, and ValueError if
     another cache has that name.
     """
     check_cache("register", cache)
@@ -80,7 +80,7 @@ class CacheCollector(Collector):
     def add(self, cache: AsyncCache | Cache, name: str) -> None:
         """Export another cache.
 
-        Raises TypeError if ``cache`` is no cache, and ValueError if a different cache has that
+        Raises TypeError if ``cache`` isn't a cache, and ValueError if a different cache has that
         name.
         """
         check_cache("add", cache)

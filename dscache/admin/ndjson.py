@@ -143,7 +143,7 @@ def _fault(value: object) -> str:
         if type(given) is not kind and not (name == "ttl" and given is None):
             return f'"{name}" must be {expected}, not {shorten(given)}'
     unknown = sorted(value.keys() - set(Line.__struct_fields__))
-    return f"{shorten(unknown[0])} is no part of it" if unknown else ""
+    return f"{shorten(unknown[0])} isn't part of it" if unknown else ""
 
 
 def begins_with_record(text: bytes) -> bool:

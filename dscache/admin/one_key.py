@@ -150,8 +150,8 @@ class OneKeyMigration(Migration):
                     count.records -= 1  # removed meanwhile
                 elif (parsed := parse(value)) is None:
                     count.note_damaged(
-                        f'record {shorten(name)}: it is no {{"_v": version, "_d": data}} with a '
-                        "version from 0 to 2^63-1"
+                        f"record {shorten(name)}: it isn't "
+                        '{"_v": version, "_d": data} with a version from 0 to 2^63-1'
                     )
                 else:
                     batch.append(OneKeyRecord(name, *parsed, seconds(ttl), value))

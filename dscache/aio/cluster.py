@@ -115,7 +115,7 @@ class Cluster(LoopBound, NodeListener):
     async def when_ready(self) -> None:
         """Wait until the slots are known and their nodes ready.
 
-        Raises ConfigError if the server is no cluster, the nodes' own error if they all refuse,
+        Raises ConfigError if the server isn't a cluster, the nodes' own error if they all refuse,
         and ConnectError if no node can be reached within ``connectTimeout``. While other shards
         are ready, a shard that is down is only logged: its operations fail by themselves.
         """

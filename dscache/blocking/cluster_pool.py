@@ -97,7 +97,7 @@ class ClusterPool(Pool):
     def _make_ready(self, line: Connection, deadline: float) -> Exception | None:
         """Refresh the slots and connect to their nodes; a shard that is down is only logged.
 
-        Returns ConfigError if the server is no cluster, the nodes' own error if they all refuse,
+        Returns ConfigError if the server isn't a cluster, the nodes' own error if they all refuse,
         and ConnectError if no node can be used by the deadline.
         """
         state = self.state

@@ -1,8 +1,8 @@
 """The command line: ``dscache COMMAND ...``, which is also ``python -m dscache``.
 
 Exit status: 0 if all is well; 1 if it isn't, or after an error of dscache, which is one line on
-standard error; 2 for a wrong command line; 128 plus the number of the signal after Ctrl-C, SIGTERM
-or SIGHUP.
+standard error; 2 for a wrong command line or core; 128 plus the number of the signal after Ctrl-C,
+SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from ..errors import DscacheError, reason_of
-from . import signals
-from .streams import discard_rest
+from .._start import CommandImports
+
+with CommandImports():
+    from ..errors import DscacheError, reason_of
+    from . import signals
+    from .streams import discard_rest
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -27,10 +30,10 @@ _EXTRA = ("typer", "rich")
 
 def main() -> None:
     """Run the command that the command line names. Raises SystemExit."""
-    _open_standard_files()
-    # A free-threaded Python warns when redis-py imports hiredis. A command has one busy thread.
-    warnings.filterwarnings("ignore", "The global interpreter lock", RuntimeWarning)
     try:
+        _open_standard_files()
+        # A free-threaded Python warns when redis-py imports hiredis. A command has one busy thread.
+        warnings.filterwarnings("ignore", "The global interpreter lock", RuntimeWarning)
         with signals.handled_as_interrupt():
             # The version needs no extra.
             app = _print_version if sys.argv[1:] == ["--version"] else _imported_app()

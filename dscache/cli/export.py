@@ -41,7 +41,7 @@ def export(
     if not to_stdout and file.exists() and not file.is_file():
         # The finished export would replace a device, such as /dev/null.
         raise typer.BadParameter(
-            f"{file} is no file but a folder or a device; name a file, or - for standard output",
+            f"{file} isn't a file but a folder or a device; name a file, or - for standard output",
             param_hint="FILE",
         )
     target = None if to_stdout else Target(file)

@@ -105,7 +105,7 @@ class Chosen:
         ),
     ] = None
     json: Annotated[
-        bool, flag("--json", "Print JSON, as it does by default when the output is no terminal.")
+        bool, flag("--json", "Print JSON, as it does by default when the output isn't a terminal.")
     ] = False
 
     def load(self) -> Config:
@@ -115,7 +115,7 @@ class Chosen:
 
     @property
     def as_json(self) -> bool:
-        """Whether to print JSON: with ``--json``, or if standard output is no terminal."""
+        """Whether to print JSON: with ``--json``, or if standard output isn't a terminal."""
         return self.json or not sys.stdout.isatty()
 
 

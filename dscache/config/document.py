@@ -291,7 +291,7 @@ def _parse(text: str, place: Location, *, is_json: bool) -> Node:
     except RecursionError:
         raise place.error("is nested too deeply") from None
     raise place.error(
-        f"line {line}, column {column}: no valid {'JSON' if is_json else 'YAML'}: "
+        f"line {line}, column {column}: not valid {'JSON' if is_json else 'YAML'}: "
         f"{_without_quotes(problem)}; {_remedy(text, line, column, problem, is_json)}"
     )
 
@@ -331,7 +331,7 @@ def _without_quotes(problem: str) -> str:
 
 def _json_root(text: str) -> Node:
     def refuse(word: str) -> None:
-        raise json.JSONDecodeError(f"{word} is no JSON", text, text.index(word))
+        raise json.JSONDecodeError(f"{word} isn't JSON", text, text.index(word))
 
     def node(value: object) -> Node:
         if isinstance(value, Node):

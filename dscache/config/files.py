@@ -26,7 +26,7 @@ def check(path: str | int, limit: int) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise UnsuitableFile("is a folder; name a file in it")
     if not stat.S_ISREG(status.st_mode):
-        raise UnsuitableFile("is no regular file but a pipe, socket or device; name a file")
+        raise UnsuitableFile("isn't a regular file but a pipe, socket or device; name a file")
     if status.st_size > limit:
         raise _too_large(limit)
 

@@ -156,7 +156,7 @@ def _as_file(pem: str, where: str) -> Iterator[str]:
         open(pem, "rb").close()
     except (OSError, ValueError) as error:
         # A key without its PEM frame looks like a path: don't show it.
-        problem = getattr(error, "strerror", None) or "it is no path"
+        problem = getattr(error, "strerror", None) or "it isn't a path"
         if isinstance(error, regular_files.UnsuitableFile):
             problem = f"it {error}"
         raise ConfigError(f"{where}: must be PEM text or a PEM file: {problem}") from None

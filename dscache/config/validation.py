@@ -205,8 +205,8 @@ def _unknown(struct: type[ConfigStruct], key: str, value: object, place: Locatio
     elif is_null(value):
         # A bare word may be a secret whose name and colon are missing.
         return place.error(
-            "contains a name without a value that is no option; it isn't shown, because it may be "
-            f"a secret; {remedy}"
+            "contains a name without a value that isn't an option; it isn't shown, because it may "
+            f"be a secret; {remedy}"
         )
     else:
         problem = f"unknown option; the options are {', '.join(known)}{struct.unknown_remedy}"

@@ -16,6 +16,7 @@ from ..errors import DeadlineExceeded, RecordError, RecordMissing, UsageError, s
 from . import constants as c
 from . import failures
 from .markers import DELETE, KEEP, OMITTED, Omitted, Ttl
+from .typed import warn_of_removal
 
 if TYPE_CHECKING:
     from .record import Record
@@ -150,6 +151,10 @@ def change_steps(
                 version = FIRST_VERSION if record is None else record.version + 1
             if version > c.MAX_VERSION:
                 raise no_version_above(operation, name)
+            # A removal makes the text shorter, unless the change adds as much. The full check takes
+            # a twentieth of a typed update.
+            if type is not None and record is not None and len(text) < len(record.raw):
+                warn_of_removal(name, record.raw, text, type)
             expected = None if record is None else record.version
             done = yield "set", (name, version, msgspec.Raw(text), ttl, False, expected)
         if done:

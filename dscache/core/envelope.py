@@ -13,7 +13,7 @@ import msgspec
 
 from .._interruptions import raise_interruption
 from ..errors import MessageError, shorten
-from . import tolerant_json
+from . import json_text, tolerant_json
 
 # Topics are small integers, so that a channel is one as JavaScript and any server write it.
 MAX_TOPIC: Final = 2**31 - 1
@@ -169,18 +169,25 @@ def decode_tolerantly(topic: int, sender: str, raw: bytes, payload: bytes | None
     except (ValueError, LookupError, TypeError) as error:
         raise_interruption(error)
         raise MessageError(
-            f"message on topic {topic} from {shorten(sender)}: it is no JSON: {error}"
+            f"message on topic {topic} from {shorten(sender)}: it isn't JSON: {error}"
         ) from error
 
 
 def decode_as(topic: int, sender: str, raw: bytes, payload: bytes | None, type_: Any) -> Any:
-    """Return a message's text decoded into ``type_``, which msgspec knows; raises MessageError."""
+    """Return a message's text decoded into ``type_``; raises MessageError if it doesn't fit.
+
+    Raises TypeError if msgspec doesn't know the type.
+    """
     value = decode_tolerantly(topic, sender, raw, payload)
     try:
         return msgspec.convert(value, type_)
     except msgspec.ValidationError as error:
         raise_interruption(error)
         raise MessageError(f"message on topic {topic} from {shorten(sender)}: {error}") from error
+    except TypeError as error:
+        raise_interruption(error)
+        json_text.decoder_of(type_)  # raises a TypeError that names the remedy
+        raise
 
 
 def is_plain_message(reply: Any) -> bool:

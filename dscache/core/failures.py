@@ -108,7 +108,7 @@ def bad_pair(name: str, pair: object) -> RecordError:
 
 
 def bad_version(name: str, version: object) -> RecordError:
-    """Return the error for a version that is no integer from 0 to 2^63-1."""
+    """Return the error for a version that isn't an integer from 0 to 2^63-1."""
     return RecordError(
         f"record {shorten(name)}: version must be an int from 0 to {c.MAX_VERSION}, "
         f"not {shorten(version)}",
@@ -207,10 +207,10 @@ def is_across_slots(message: str) -> bool:
 
 
 def damaged_version(name: str, stored: bytes | None = None) -> RecordDamaged:
-    """Return the error for a stored version that is no integer from 0 to 2^63-1."""
+    """Return the error for a stored version that isn't an integer from 0 to 2^63-1."""
     found = f", but {shorten(stored)}" if stored is not None else ""
     return RecordDamaged(
-        f"record {shorten(name)}: its stored version is no integer from 0 to {c.MAX_VERSION}"
+        f"record {shorten(name)}: its stored version isn't an integer from 0 to {c.MAX_VERSION}"
         f"{found}; set or delete the record to repair it",
         name=name,
     )

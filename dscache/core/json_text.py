@@ -95,7 +95,7 @@ def decode_tolerantly(name: str, version: int, raw: bytes) -> Any:
     except ValueError as error:
         raise_interruption(error)
         raise RecordDamaged(
-            f"record {shorten(name)}, version {version}: stored data is no JSON: {error}; "
+            f"record {shorten(name)}, version {version}: the stored data isn't JSON: {error}; "
             "set or delete the record to repair it",
             name=name,
         ) from error
@@ -113,9 +113,15 @@ def _new_decoder(type_: Any) -> Callable[[bytes], Any]:
         return msgspec.json.Decoder(type_, dec_hook=decode_model).decode
     except TypeError as error:
         raise_interruption(error)
-        raise TypeError(
-            f"type={shorten(type_)}: {error}; give a class or another type that msgspec decodes"
-        ) from error
+        if str(error) == f"Type '{type_!r}' is not supported":
+            wrong = (
+                f"type must be a class or another type that msgspec decodes, not {shorten(type_)}"
+            )
+        else:  # a part of the type, or a union of types
+            wrong = (
+                f"type={shorten(type_)}: {error}; give a class or another type that msgspec decodes"
+            )
+        raise TypeError(wrong) from error
 
 
 _known_decoder = lru_cache(maxsize=256)(_new_decoder)

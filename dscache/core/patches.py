@@ -80,7 +80,7 @@ def parse_path(name: str, path: object) -> Steps:
                 continue
             digits = text.strip(_SPACE)
             if not _INDEX.fullmatch(digits):
-                raise _bad(name, f"path {shorten(path)}: {shorten(text)} is no index of a list")
+                raise _bad(name, f"path {shorten(path)}: {shorten(text)} isn't an index of a list")
             steps.append(int(digits))
     if not steps:
         raise _bad(name, f"path {shorten(path)} names nothing; such as 'a.b[0]' does")

@@ -6,9 +6,11 @@ fails the read. That is the work of the read's waiter: pipelines read the record
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
 import msgspec
 
@@ -45,8 +47,9 @@ def _check(type_: Any) -> None:
         if isinstance(info, msgspec.inspect.CustomType):
             if not (is_model(info.cls) or any(issubclass(each, info.cls) for each in _PLAIN)):
                 raise TypeError(
-                    f"type {shorten(type_)}: msgspec makes no {info.cls.__qualname__} of JSON; "
-                    "use a Struct, a dataclass or another type of its documentation"
+                    f"type={shorten(type_)}: msgspec can't decode JSON into "
+                    f"{info.cls.__qualname__}; give a Struct, a dataclass or another type of its "
+                    "documentation"
                 )
             continue
         for name in info.__struct_fields__:
@@ -63,8 +66,58 @@ def _add_types(value: Any, queue: list[Any]) -> None:
 
 
 _check_known = lru_cache(maxsize=256)(_check)
+_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_WITH_FIELDS: Final = (
+    msgspec.inspect.StructType,
+    msgspec.inspect.DataclassType,
+    msgspec.inspect.TypedDictType,
+)
+# Weak, as a program may make types all the time.
+_warned: WeakSet[Any] = WeakSet()
+_logger = logging.getLogger("dscache")
 # JSON's own types, which may fit an abstract class.
 _PLAIN: Final = (dict, list, str, int, float, bool, type(None))
+
+
+@lru_cache(maxsize=256)
+def _members_named(type_: Any) -> frozenset[str] | None:
+    """Return the members of an object that a type names, or None if it may take others too."""
+    if is_model(type_):
+        fields = getattr(type_, "model_fields", None)
+        if not isinstance(fields, dict):
+            return None
+        aliases = (getattr(field, "alias", None) for field in fields.values())
+        return frozenset((*fields, *filter(None, aliases)))
+    info = msgspec.inspect.type_info(type_)
+    if isinstance(info, _WITH_FIELDS):
+        return frozenset(field.encode_name for field in info.fields)
+    return None
+
+
+def warn_of_removal(name: str, stored: bytes, written: bytes, type_: Any) -> None:
+    """Warn once for each type if an update removes members that the type doesn't name."""
+    try:
+        named = _members_named(type_)
+    except TypeError as error:  # without a hash, as an annotation in it may be
+        raise_interruption(error)
+        return
+    if named is None or type_ in _warned:
+        return
+    try:
+        unknown = _members(stored).keys() - named
+        removed = sorted(unknown - _members(written).keys()) if unknown else ()
+    except (msgspec.MsgspecError, RecursionError) as error:  # no object, or odd or deep JSON
+        raise_interruption(error)
+        return
+    if removed:
+        _warned.add(type_)
+        _logger.warning(
+            "update: record %s: the type %s doesn't name the member %s, which the update "
+            "removes; name it in the type, or update without a type (logged once for each type)",
+            shorten(name),
+            getattr(type_, "__qualname__", type_),
+            shorten(removed[0]),
+        )
 
 
 def checked(check_name: Callable[[str], str], names: Iterable[str]) -> dict[str, None]:

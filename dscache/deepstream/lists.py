@@ -23,7 +23,7 @@ class Lists:
     async def entries(self, name: str) -> list[str]:
         """Return the entries of a list, a list of texts; empty if there is no list.
 
-        Raises RecordError if the record is no list of texts. The call also raises the errors of
+        Raises RecordError if the record isn't a list of texts. The call also raises the errors of
         ``AsyncCache.get``.
         """
         record = await self._records.get(name)
@@ -32,7 +32,7 @@ class Lists:
     async def set(self, name: str, entries: list[str]) -> Record:
         """Replace the entries of a list, and tell the subscribers; the result is the Record.
 
-        A missing list is created. Raises UsageError for an entry that is no text. The call also
+        A missing list is created. Raises UsageError for an entry that isn't text. The call also
         raises the errors of ``peer.records.set``.
         """
         given: object = entries
@@ -51,8 +51,8 @@ class Lists:
         The entry is added at ``index``, by default at the end. If the list already has the entry,
         it isn't added again, unless ``unique`` is False. A missing list is created.
 
-        Raises UsageError for an entry that is no text, or an index outside of the list. Raises
-        RecordError if the record is no list of texts. The call also raises the errors of
+        Raises UsageError for an entry that isn't text, or an index outside of the list. Raises
+        RecordError if the record isn't a list of texts. The call also raises the errors of
         ``peer.records.update``.
         """
         _check_entry("add", entry)
@@ -75,8 +75,8 @@ class Lists:
     async def remove(self, name: str, entry: str) -> list[str]:
         """Remove all occurrences of an entry, and tell the subscribers; the result is all entries.
 
-        Raises UsageError for an entry that is no text. Raises RecordError if the record is no list
-        of texts. The call also raises the errors of ``peer.records.update``.
+        Raises UsageError for an entry that isn't text. Raises RecordError if the record isn't a
+        list of texts. The call also raises the errors of ``peer.records.update``.
         """
         _check_entry("remove", entry)
 
@@ -100,7 +100,7 @@ def _entries(name: str, data: Any) -> list[str]:
     if data == {}:
         return []  # as a client creates it
     if not isinstance(data, list) or not all(isinstance(entry, str) for entry in data):
-        raise RecordError(f"record {shorten(name)}: it is no list of texts", name=name)
+        raise RecordError(f"record {shorten(name)}: it isn't a list of texts", name=name)
     return data
 
 

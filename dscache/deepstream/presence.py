@@ -76,7 +76,7 @@ class Presence:
     async def is_online(self, user: str) -> bool:
         """Return whether a user is online.
 
-        It waits as ``users`` does. Raises UsageError for a name that is no text.
+        It waits as ``users`` does. Raises UsageError for a name that isn't text.
         """
         self._check_open()
         if not isinstance(user, str):

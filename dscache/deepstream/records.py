@@ -159,7 +159,7 @@ class Records:
         result is None if the record was removed.
 
         Raises UsageError under a prefix of ``record.storageHotPathPrefixes``, since version 0
-        guards nothing. Raises RecordError if the new data is no object or array.
+        guards nothing. Raises RecordError if the new data isn't an object or array.
         """
         return await self._update("update", name, change, default, ttl)
 

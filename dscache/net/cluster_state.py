@@ -175,7 +175,7 @@ class ClusterState(RefreshSchedule):
                 return
         if node_id == NO_NODE:
             raise ConnectError(
-                f"{node.shown} is no node of a cluster, but a server of its own: it isn't used"
+                f"{node.shown} isn't a node of a cluster but a server of its own: it isn't used"
             )
         raise ConnectError(
             f"{node.shown} is another node, {node_id[:8]}, than {self.table.ids[node.shown][:8]}, "
@@ -185,7 +185,7 @@ class ClusterState(RefreshSchedule):
     def may_use(self, node: NodeInfo, node_id: str) -> bool:
         """Return whether a node with this id may be the one that the cluster has at its address.
 
-        While all known nodes are gone, it may also be a configured node. A server that is no node
+        While all known nodes are gone, it may also be a configured node. A server that isn't a node
         of a cluster may be used only before the first view: later, its address is one that the
         cluster had.
         """

@@ -549,7 +549,7 @@ def unpack(cursor: str, scan: str, kind: Any) -> Any:
         _, said, state = msgspec.msgpack.decode(text, type=tuple[Literal[1], str, kind])
     except (ValueError, zlib.error, msgspec.MsgspecError):
         raise UsageError(
-            f"scan: {shorten(cursor)} is no cursor; pass the cursor of an earlier scan"
+            f"scan: {shorten(cursor)} isn't a cursor; pass the cursor of an earlier scan"
         ) from None
     if said != scan:
         raise UsageError(

@@ -40,7 +40,7 @@ _UNKNOWN_HOSTS: Final = ("", "?")
 # Refusals of a CLUSTER command by a single server: by Redis and Valkey, and by Dragonfly.
 _NO_CLUSTER: Final = re.compile("cluster support disabled|cluster is disabled", re.IGNORECASE)
 NO_NODE: Final = "none"
-"""In place of the id of a node: the server is no node of a cluster."""
+"""In place of the id of a node: the server isn't a node of a cluster."""
 _NODE_ID: Final = re.compile(rb"[0-9a-f]{40}")
 # The longest number that is parsed from a server's text.
 _MOST_DIGITS: Final = 20
@@ -103,7 +103,7 @@ def read_view(slots: object, info: object, asked: Address, source: str, node_id:
     if isinstance(slots, ReplyError):
         if has_no_cluster(slots):
             raise ConfigError(
-                f"{source}: nodes: {join_address(*asked)} is no node of a "
+                f"{source}: nodes: {join_address(*asked)} isn't a node of a "
                 f'cluster (it says "{slots.message}"); give host and port instead of nodes'
             )
         raise slots
@@ -168,7 +168,7 @@ def _nodes_of(entries: Iterable[_Entry]) -> dict[str, Address | None]:
 
 
 def has_no_cluster(reply: object) -> bool:
-    """Return whether a reply to a CLUSTER command says that the server is no node of a cluster."""
+    """Return whether a CLUSTER command's reply says that the server isn't a node of a cluster."""
     return isinstance(reply, ReplyError) and _NO_CLUSTER.search(reply.message) is not None
 
 

@@ -613,7 +613,7 @@ def _as_mapping(message: Any, topic: int | None) -> Mapping[str, Any]:
             message = _decode(message)
         except (ValueError, RecursionError) as error:
             raise_interruption(error)
-            raise MessageError(f"message on topic {topic}: it is no JSON: {error}") from None
+            raise MessageError(f"message on topic {topic}: it isn't JSON: {error}") from None
     elif not isinstance(message, Mapping):
         try:
             message = msgspec.to_builtins(

@@ -1018,7 +1018,9 @@ async def test_a_damaged_record_fails_only_its_own_reads(
         assert list(error.errors) == ["version"]
         assert list(error.result) == ["data", "good"]
     for record in (got[1], bulk.result["data"]):
-        with pytest.raises(dscache.RecordError, match="'data', version 3: stored data is no JSON"):
+        with pytest.raises(
+            dscache.RecordError, match="'data', version 3: the stored data isn't JSON"
+        ):
             _ = record.data
         with pytest.raises(dscache.RecordError, match="'data', version 3"):
             record.decode(dict[str, int])

@@ -210,7 +210,7 @@ async def test_records_of_the_connector_are_read(
         assert as_javascript(record.data) == as_javascript(callback_value(called_data))
         assert record.version == called_version
     else:
-        with pytest.raises(dscache.RecordError, match="no JSON"):
+        with pytest.raises(dscache.RecordError, match="isn't JSON"):
             _ = record.data
 
 
@@ -281,7 +281,7 @@ async def test_results_equal_those_of_the_connector_or_are_better(
     if "never" in vector["get"]:
         # The connector crashed on this one.
         for broken in (record, bulk_record):
-            with pytest.raises(dscache.RecordError, match=r"'rec'.*no JSON: character \d+"):
+            with pytest.raises(dscache.RecordError, match=r"'rec'.*isn't JSON: character \d+"):
                 _ = broken.data
     elif vector["id"] == "d-deep":
         value, depth = record.data, 1

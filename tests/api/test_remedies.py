@@ -142,7 +142,7 @@ async def test_an_if_newer_that_is_a_text(kind: str, source: dict[str, Any]) -> 
 @KINDS
 @pytest.mark.parametrize("type_", [5, (int, str)], ids=["int", "tuple"])
 async def test_a_type_that_is_none(kind: str, source: dict[str, Any], type_: Any) -> None:
-    said = re.escape(f"type={type_!r}: ") + ".*; give a class or another type that msgspec decodes"
+    said = re.escape(f"type must be a class or another type that msgspec decodes, not {type_!r}")
     async with Either(kind, **source) as either:
         for operation, arguments in (
             ("get", ("a",)),
@@ -153,6 +153,8 @@ async def test_a_type_that_is_none(kind: str, source: dict[str, Any], type_: Any
                 await either.do(operation, *arguments, type=type_)
         with pytest.raises(TypeError, match=f"^{said}$"):
             await either.do("fetch", "a", lambda name: 1, ttl=1, type=type_)
+        with pytest.raises(TypeError, match=f"^{said}$"):
+            await either.do("fetch_bulk", ["a"], lambda names: {}, ttl=1, type=type_)
         with pytest.raises(TypeError, match=f"^{said}$"):
             await either.all("a", records=True, type=type_)
 
@@ -181,7 +183,7 @@ async def test_data_that_is_no_json(
         if source != {"name": "memory"}:
             redis.mset({"a_v": "1", "a_d": "{"})
             record = await either.do("get", "a")
-            with pytest.raises(RecordDamaged, match=r"no JSON: .*; set or delete the record"):
+            with pytest.raises(RecordDamaged, match=r"isn't JSON: .*; set or delete the record"):
                 _ = record.data
 
 

@@ -202,8 +202,8 @@ async def test_bad_arguments(kind: str, server: EmbeddedServer, redis: redis_py.
     async with Either(kind, url=server.url) as cache:
         of_another = cache.cache.scan("a").cursor
         for arguments, words in (
-            ({"cursor": "x"}, "is no cursor"),
-            ({"cursor": of_another[:-8]}, "is no cursor"),
+            ({"cursor": "x"}, "isn't a cursor"),
+            ({"cursor": of_another[:-8]}, "isn't a cursor"),
             ({"cursor": of_another}, "of another prefix or cache"),
             ({"cursor": 7}, "must be the cursor"),
             ({"prefix": b"a"}, "must be a str"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
+import pydantic
 import pytest
 import redis as redis_py
 
@@ -81,6 +83,53 @@ async def test_fetch_bulk(cache: Either) -> None:
     assert type(caught.value.errors["b"]) is RecordDamaged
     assert type(caught.value.errors["c"]) is dscache.LoadError
     assert {name: one.data for name, one in caught.value.result.items()} == {"there": User("Ada")}
+
+
+async def test_an_update_that_removes_members_is_logged_once_for_each_type(
+    cache: Either, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Renamed(msgspec.Struct, rename="camel", omit_defaults=True):
+        first_name: str
+        last_name: str = ""
+
+    @dataclasses.dataclass
+    class Plain:
+        name: str
+
+    class Dict(TypedDict):
+        name: str
+
+    class Model(pydantic.BaseModel):
+        name: str = pydantic.Field(alias="Name")
+
+    class Keeps(pydantic.BaseModel, extra="allow"):
+        name: str
+
+    named = {"firstName": "Ada", "lastName": ""}
+    quiet: tuple[tuple[Any, dict[str, object]], ...] = (
+        (Renamed, named),
+        (Keeps, {"name": "Ada", "age": 5}),
+        (dict[str, str], ADA),
+    )
+    for type_, data in quiet:
+        await cache.do("set", "n", 1, data)
+        await cache.do("update", "n", lambda user: user, type=type_)
+    assert caplog.messages == []
+    loud: tuple[tuple[Any, dict[str, object]], ...] = (
+        (Renamed, named),
+        (Plain, ADA),
+        (Dict, ADA),
+        (Model, {"Name": "Ada"}),
+    )
+    for type_, data in loud:
+        for _ in range(2):
+            await cache.do("set", "n", 1, {**data, "new": 1})
+            await cache.do("update", "n", lambda user: dscache.KEEP, type=type_)
+            await cache.do("update", "n", lambda user: user, type=type_)
+    assert [one.partition(", which")[0] for one in caplog.messages] == [
+        f"update: record 'n': the type {type_.__qualname__} doesn't name the member 'new'"
+        for type_, _ in loud
+    ]
 
 
 async def test_update(cache: Either) -> None:
@@ -164,5 +213,6 @@ async def test_a_class_that_msgspec_can_not_make_is_refused_at_the_call(cache: E
         ("scan", [], {"records": True}),
         ("watch", [], {"records": True}),
     ):
-        with pytest.raises(TypeError, match="msgspec makes no Unknown of JSON"):
+        said = "^type=.*: msgspec can't decode JSON into Unknown; give a Struct, "
+        with pytest.raises(TypeError, match=said):
             await cache.do(operation, *arguments, **options, type=list[Unknown])

@@ -162,7 +162,7 @@ async def test_broken_data_affects_no_other_record(
     assert tuple(bulk["good"]) == (2, [2])
     for record in (broken, broken, bulk["broken"]):
         with pytest.raises(
-            dscache.RecordError, match="'broken', version 1: stored data is no JSON"
+            dscache.RecordError, match="'broken', version 1: the stored data isn't JSON"
         ):
             _ = record.data
     assert tuple(await cache.get("good")) == (2, [2])

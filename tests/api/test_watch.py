@@ -182,7 +182,7 @@ async def test_kinds_of_changes(
         redis.mset({"a_v": "x", "a_d": "[1]"})
         damaged = await until_change(cache, watch, kind="damaged")
         assert (damaged.name, damaged.version) == ("a", None)
-        assert "its stored version is no integer" in damaged.reason
+        assert "its stored version isn't an integer" in damaged.reason
         redis.flushdb()
         assert (await until_change(cache, watch, kind="flushed")).is_loss
 

@@ -882,9 +882,11 @@ def test_a_slot_without_an_owner(backend: str) -> None:
 def test_a_single_server_is_no_cluster(server: Any, backend: str) -> None:
     nodes = [{"host": server.host, "port": server.port}]
     cache = dscache.Cache.from_config({"name": "redis", "options": {"nodes": nodes, **PATIENT}})
-    with pytest.raises(dscache.ConfigError, match=r"nodes: .* is no node of a cluster.*give host"):
+    with pytest.raises(
+        dscache.ConfigError, match=r"nodes: .* isn't a node of a cluster.*give host"
+    ):
         cache.when_ready()
-    with pytest.raises(dscache.ConnectError, match="is no node of a cluster"):
+    with pytest.raises(dscache.ConnectError, match="isn't a node of a cluster"):
         cache.get("a")
     with pytest.raises(dscache.ConfigError), cache:
         pytest.fail("it was entered")

@@ -118,8 +118,8 @@ def test_mistakes(other: str, error: str, here: EmbeddedServer) -> None:
     ("other", "fault"),
     [
         (".", ". is a folder"),
-        ("none", "none is no file that exists"),
-        ("redis//:secret@host", "host is no file that exists"),
+        ("none", "none isn't a file that exists"),
+        ("redis//:secret@host", "host isn't a file that exists"),
     ],
 )
 def test_what_is_no_place(other: str, fault: str, here: EmbeddedServer) -> None:

@@ -175,8 +175,8 @@ def test_halves_and_damaged_records_are_not_exported(
         2,
     )
     told = sorted(done.err.splitlines())
-    assert told[0].startswith("dscache: record 'b', version 1: stored data is no JSON")
-    assert told[1].startswith("dscache: record 'c': its stored version is no integer")
+    assert told[0].startswith("dscache: record 'b', version 1: the stored data isn't JSON")
+    assert told[1].startswith("dscache: record 'c': its stored version isn't an integer")
     assert names_in(file) == ["d"]
 
 
@@ -309,7 +309,7 @@ def test_a_target_that_is_no_file(
     target.mkdir() if kind == "folder" else os.mkfifo(target)
     done = invoke("export", str(target), *options, *url)
     assert (done.status, done.out) == (2, "")
-    assert "is no file but a folder or a device" in done.err
+    assert "isn't a file but a folder or a device" in done.err
     assert [one.name for one in tmp_path.iterdir()] == [kind]
     assert target.is_fifo() or target.is_dir()
 
@@ -455,7 +455,7 @@ def test_damaged_records_in_redis_can_be_skipped(url: Url, client: redis_py.Redi
     text = text.replace(b'"b","version":1,', b'"b","version":1,"ttl":50,')
     done = invoke("import", "-", "--if-newer", *url, stdin=text)
     assert done.status == 1
-    assert "its stored version is no integer" in done.err
+    assert "its stored version isn't an integer" in done.err
     client.delete("c_v", "c_d")
     done = invoke("import", "-", "--if-newer", "--keep-going", *url, stdin=text)
     assert (done.status, done.document["records"], done.document["broken"]) == (1, 1, 2)
@@ -484,7 +484,7 @@ def test_invalid_files(url: Url, tmp_path: Path) -> None:
     done = invoke("import", ".", *url)
     assert (done.status, done.err) == (1, "dscache: . is a folder; name the file of an export\n")
     done = invoke("export", ".", *url)
-    assert (done.status, ". is no file but a folder" in done.err) == (2, True)
+    assert (done.status, ". isn't a file but a folder" in done.err) == (2, True)
     (tmp_path / "a.gz").write_bytes(b"no gzip")
     done = invoke("import", str(tmp_path / "a.gz"), *url)
     assert (done.status, "a.gz can't be read: " in done.err) == (1, True)

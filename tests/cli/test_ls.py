@@ -82,7 +82,7 @@ def test_damaged_records_are_named(url: tuple[str, str]) -> None:
     done = invoke("ls", *url)
     assert done.status == 1
     assert sorted(names(done)) == ["other", "user/1", "user/2", "user/3"]
-    assert done.err.startswith("dscache: record 'bad': its stored version is no integer")
+    assert done.err.startswith("dscache: record 'bad': its stored version isn't an integer")
 
 
 def test_a_table_on_a_terminal(url: tuple[str, str]) -> None:

@@ -218,7 +218,7 @@ def test_damaged_records_at_the_target_stay(url: Url, client: redis_py.Redis) ->
         1,
         {"damaged": 1, "copied": 1, "removed": 1, "changing": 0},
     )
-    assert done.err.startswith("dscache: record 'a': its stored version is no integer")
+    assert done.err.startswith("dscache: record 'a': its stored version isn't an integer")
     assert client.mget("a_v", "{a}_v") == [b"1", b"x"]
 
 

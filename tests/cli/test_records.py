@@ -110,8 +110,8 @@ def test_damaged_records_are_reported_separately(url: Url, client: redis_py.Redi
     assert [line["name"] for line in done.lines] == ["c"]
     told = done.err.splitlines()
     assert len(told) == 3
-    assert told[0].startswith("dscache: record 'a': its stored version is no integer")
-    assert told[1].startswith("dscache: record 'b', version 2: stored data is no JSON")
+    assert told[0].startswith("dscache: record 'a': its stored version isn't an integer")
+    assert told[1].startswith("dscache: record 'b', version 2: the stored data isn't JSON")
     assert told[2] == "dscache: no record 'd'"
     done = invoke("head", "a", "c", *url)
     assert (done.status, [line["version"] for line in done.lines]) == (1, [3])
@@ -189,7 +189,7 @@ def test_if_newer(url: Url) -> None:
         (b'{"name":"","version":1,"data":1}', "record '': a name must not be empty"),
         (b'{"name":"\\ud800","version":1,"data":1}', "a name must be valid Unicode"),
         (b'{"name":"b","version":1,"data":1,"ttl":-1}', "record 'b': ttl must be whole seconds"),
-        (b'{"name":"b","version":1,"data":1,"tll":1}', "'tll' is no part of it"),
+        (b'{"name":"b","version":1,"data":1,"tll":1}', "'tll' isn't part of it"),
     ],
 )
 def test_a_broken_line_ends_the_command_with_its_number(line: bytes, error: str, url: Url) -> None:
@@ -311,7 +311,7 @@ def test_data_is_indented_however_it_is_nested(url: Url, client: redis_py.Redis)
     status, written = run_on_terminal("get", "a", "b", *url)
     assert status == 1
     assert re.sub(r"\s", "", plain(written).partition("expiry")[2]).startswith(deep.decode())
-    assert "record 'b', version 1: stored data is no JSON" in plain(written)
+    assert "record 'b', version 1: the stored data isn't JSON" in plain(written)
 
 
 def test_a_user_who_may_not_read_lifetimes_gets_the_records(
@@ -584,7 +584,7 @@ def _write_all(file: int, text: bytes) -> None:
 
 
 def test_a_record_of_invalid_json_prints_no_line() -> None:
-    with pytest.raises(RecordError, match=r"^record 'a', version 1: stored data is no JSON"):
+    with pytest.raises(RecordError, match=r"^record 'a', version 1: the stored data isn't JSON"):
         ndjson.encode("a", 1, b'1,"x":2')
 
 

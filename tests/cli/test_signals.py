@@ -358,3 +358,61 @@ def test_an_interrupt_within_an_import_gives_the_status_too(work: str) -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (143, b"")
+
+
+STRIKE = """
+import os, signal, sys
+
+class Striker:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Striker())
+"""
+PROGRAM = Path(sys.executable).with_name("dscache")
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ([sys.executable, "-m", "dscache"], "dscache._backend"),
+        ([sys.executable, "-m", "dscache"], "dscache.core.loading"),
+        ([sys.executable, "-m", "dscache"], "dscache.cli"),
+        ([sys.executable, "-m", "dscache"], "dscache.cli.streams"),
+        ([sys.executable, "-mdscache"], "msgspec"),
+        ([str(PROGRAM)], "dscache._backend"),
+        ([str(PROGRAM)], "dscache.errors"),
+        ([str(PROGRAM)], "dscache.cli.signals"),
+        ([str(PROGRAM)], "dscache.cli.app"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else Path(value[-1]).name,
+)
+def test_ctrl_c_during_the_imports(command: list[str], module: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STRIKE.format(module=module))
+    done = subprocess.run(
+        [*command, "ls"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_during_the_imports_of_another_program(tmp_path: Path) -> None:
+    """It is the program's own affair."""
+    (tmp_path / "sitecustomize.py").write_text(STRIKE.format(module="dscache._backend"))
+    code = "try:\n import dscache\nexcept KeyboardInterrupt:\n print('its own')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "dscache"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("its own\n", "")

@@ -147,7 +147,7 @@ def test_the_help_says_what_a_pipe_gets() -> None:
     told = " ".join(invoke("top", "--help").out.split())
     assert "In a pipe it prints one table and ends." in told
     assert "--json Print a JSON object at each interval, until Ctrl-C; one with --once." in told
-    assert "by default when the output is no terminal" not in told
+    assert "by default when the output isn't a terminal" not in told
 
 
 def test_an_unreachable_server() -> None:

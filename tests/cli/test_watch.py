@@ -89,7 +89,7 @@ def test_changes_are_reported_as_they_happen(
         client.set("bad_v", "x")
         damaged = watch.next()
         assert (damaged["event"], damaged["version"]) == ("damaged", None)
-        assert damaged["reason"].startswith("record 'bad': its stored version is no integer")
+        assert damaged["reason"].startswith("record 'bad': its stored version isn't an integer")
         client.mset({"b_v": 1, "b_d": 1})
         client.pexpire("b_v", 1)
         client.pexpire("b_d", 1)

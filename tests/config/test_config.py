@@ -448,7 +448,7 @@ def test_files_that_are_never_read(kind: str, place: str, tmp_path: Path) -> Non
             check=False,
         )
     assert done.returncode == 0, done.stderr[-2000:]
-    why = "more than" if kind == "large" else "no regular file but a pipe, socket or device"
+    why = "more than" if kind == "large" else "isn't a regular file but a pipe, socket or device"
     assert why in done.stdout
     assert done.stdout.startswith("config.yml: cache.options." if place else "odd.yml: ")
     assert place in done.stdout
@@ -491,26 +491,26 @@ QUOTES = "; put text with special characters in quotes"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (f"password: *{SECRET}", "line 4, column 15: no valid YAML: found undefined alias"),
+        (f"password: *{SECRET}", "line 4, column 15: not valid YAML: found undefined alias"),
         (
             f"password: !a!{SECRET} x",
-            "line 4, column 15: no valid YAML: found undefined tag handle",
+            "line 4, column 15: not valid YAML: found undefined tag handle",
         ),
         (
             f"password: @{SECRET}",
-            "line 4, column 15: no valid YAML: found character '@' that cannot start any token",
+            "line 4, column 15: not valid YAML: found character '@' that cannot start any token",
         ),
         (
             f'password: "{SECRET}',
-            "line 5, column 1: no valid YAML: found unexpected end of stream",
+            "line 5, column 1: not valid YAML: found unexpected end of stream",
         ),
         (
             f"password: {SECRET}: 1",
-            "line 4, column 29: no valid YAML: mapping values are not allowed here",
+            "line 4, column 29: not valid YAML: mapping values are not allowed here",
         ),
         (
             f"password: {SECRET}\a",
-            "line 4, column 29: no valid YAML: a character that YAML doesn't allow",
+            "line 4, column 29: not valid YAML: a character that YAML doesn't allow",
         ),
     ],
 )
@@ -521,9 +521,9 @@ def test_broken_yaml(line: str, message: str, read: Read) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"cache": ', "line 1, column 11: no valid JSON: Expecting value"),
-        ('{\n"cache": {"name": NaN}}', "line 2, column 19: no valid JSON: NaN is no JSON"),
-        ('{"cache" 1}', "line 1, column 10: no valid JSON: Expecting ':' delimiter"),
+        ('{"cache": ', "line 1, column 11: not valid JSON: Expecting value"),
+        ('{\n"cache": {"name": NaN}}', "line 2, column 19: not valid JSON: NaN isn't JSON"),
+        ('{"cache" 1}', "line 1, column 10: not valid JSON: Expecting ':' delimiter"),
     ],
 )
 def test_broken_json(text: str, message: str, write: Callable[..., Path]) -> None:
@@ -532,7 +532,7 @@ def test_broken_json(text: str, message: str, write: Callable[..., Path]) -> Non
 
 def test_two_documents_are_refused(write: Callable[..., Path]) -> None:
     text = "cache: {name: redis}\n---\ncache: {name: memory}\n"
-    assert "line 2, column 1: no valid YAML" in refusal(load, write(text))
+    assert "line 2, column 1: not valid YAML" in refusal(load, write(text))
 
 
 @pytest.mark.parametrize("name", ["config.yml", "config.json"])
@@ -1067,7 +1067,7 @@ def test_unset_variable(line: str, read: Read) -> None:
 
 def test_positions_are_right_beside_placeholders(read: Read) -> None:
     assert refusal(read, "host: ${HOST:-{a: b}", "port: ${P} : 1").startswith(
-        "config.yml: line 5, column 16: no valid YAML"
+        "config.yml: line 5, column 16: not valid YAML"
     )
 
 
@@ -1101,7 +1101,7 @@ def test_file_load_of_a_bad_file(tmp_path: Path, read: Read, write: Callable[...
     )
     write(f"password: *{SECRET}", "bad.yml")
     assert refusal(read, "redisOptions: fileLoad(bad.yml)") == (
-        "config.yml: cache.options.redisOptions: bad.yml: line 1, column 11: no valid YAML: "
+        "config.yml: cache.options.redisOptions: bad.yml: line 1, column 11: not valid YAML: "
         f"found undefined alias{QUOTES}"
     )
     write("password: ${NO}", "unset.yml")

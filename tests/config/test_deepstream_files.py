@@ -193,7 +193,7 @@ TRIED: list[tuple[str, str]] = [
     ),
     (
         "cache:\n\tname: redis\n",
-        "line 2, column 1: no valid YAML: .*indent by spaces",
+        "line 2, column 1: not valid YAML: .*indent by spaces",
     ),
     ("\ufeffcache: {name: redis, options: {host: h}}", "h:6379"),
     ("cache:\r\n  name: redis\r\n  options:\r\n    host: h\r\n", "h:6379"),
@@ -206,7 +206,7 @@ TRIED: list[tuple[str, str]] = [
         '{"cache": {"options": {"db": 1, "db": 2}}}',
         "cache.options.db: is given twice",
     ),
-    ("", "line 1, column 1: no valid JSON: .*; it is empty"),
+    ("", "line 1, column 1: not valid JSON: .*; it is empty"),
     ("\n", "is empty, or has only comments; write cache: {name: redis"),
     ("# cache:\n#   name: redis\n", "is empty, or has only comments; write cache:"),
     (

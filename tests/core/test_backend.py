@@ -79,6 +79,22 @@ def test_an_unknown_value_is_refused(variable: str) -> None:
     )
 
 
+@pytest.mark.parametrize("variable", ["nonsense", "fast"])
+def test_the_command_line_says_in_one_line_that_the_variable_is_wrong(variable: str) -> None:
+    code = (
+        "import sys; sys.argv = ['/usr/bin/dscache', '--version']; "
+        "from dscache.cli import main; main()"
+    )
+    ended = run(code, variable, sabotaged=("fast",))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    problem = {
+        "nonsense": 'DSCACHE_BACKEND=\'nonsense\': must be "fast" or "pure"',
+        "fast": "DSCACHE_BACKEND=fast: dscache._fast can't be loaded: it was not built; ",
+    }[variable]
+    assert line.startswith(f"dscache: {problem}")
+
+
 def test_without_the_extension_the_pure_core_is_used_and_the_reason_logged_once() -> None:
     ended = run(SHOW + "import dscache._backend, dscache.cache\n", sabotaged=("fast",))
     assert (ended.returncode, ended.stdout) == (0, EXPECTED["pure"])
@@ -152,3 +168,15 @@ asyncio.run(main())
         assert ended.stderr == ""
         assert ended.stdout.startswith("True dscache memory cache")
         assert ended.stdout.endswith(f"{name} core\n")
+
+
+def test_a_cache_is_imported_on_first_use() -> None:
+    ended = run(
+        "import sys, dscache\n"
+        "print({'dscache.cache', 'dscache.sync', 'redis', 'yaml'} & {*sys.modules})\n"
+        "print({*dscache.__all__} - {*dir(dscache)})\n"
+        "module = dscache.cache\n"
+        "from dscache import *\n"
+        "print(AsyncCache is module.AsyncCache, 'AsyncCache' in vars(dscache))\n"
+    )
+    assert (ended.returncode, ended.stdout) == (0, "set()\nset()\nTrue True\n"), ended.stderr

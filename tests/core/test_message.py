@@ -431,6 +431,8 @@ def test_the_data_of_a_message_is_decoded(core: Any, monkeypatch: pytest.MonkeyP
         message.decode(dict[str, int])
     with pytest.raises(AttributeError, match="immutable"):
         message.topic = 5
+    with pytest.raises(TypeError, match=r"^type must be a class or another type .*, not 5$"):
+        message.decode(5)
     with pytest.raises(AttributeError, match="immutable"):
         del message.topic
 
@@ -441,7 +443,7 @@ def test_a_message_of_invalid_json(core: Any) -> None:
     dispatcher.take(b"4", OPENING + b"{]}}")
     (message,) = queue.messages
     for _ in range(2):
-        with pytest.raises(MessageError, match="message on topic 4 from 'A': it is no JSON: "):
+        with pytest.raises(MessageError, match="message on topic 4 from 'A': it isn't JSON: "):
             _ = message.data
     with pytest.raises(MessageError):
         core.Message(4, "A", b"{]").data  # noqa: B018

@@ -2075,7 +2075,9 @@ def test_a_damaged_version_is_an_error_of_its_record(
     exchange.server.put("b", 7, b"1")
     waiters = exchange.issue(operation, Operation(operation.method, "b", *_rest(operation)))
     exchange.run()
-    with pytest.raises(RecordError, match=r"^record 'a': its stored version is no integer") as bad:
+    with pytest.raises(
+        RecordError, match=r"^record 'a': its stored version isn't an integer"
+    ) as bad:
         waiters[0].result()
     assert bad.value.name == "a"
     assert operation.method == "set" or repr(stored) in str(bad.value)

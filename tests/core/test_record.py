@@ -384,7 +384,7 @@ def test_broken_json_names_the_record(core: Any, raw: bytes) -> None:
     record = core.Record("user/1", 7, raw)
     for _ in range(2):
         with pytest.raises(
-            RecordError, match=r"^record 'user/1', version 7: stored data is no JSON: "
+            RecordError, match=r"^record 'user/1', version 7: the stored data isn't JSON: "
         ) as broken:
             _ = record.data
         assert broken.value.name == "user/1"
@@ -451,7 +451,9 @@ def test_decode_names_the_path_of_a_mismatch(core: Any, raw: bytes, kind: Any, r
 
 @pytest.mark.parametrize("raw", BROKEN, ids=lambda raw: repr(raw)[:20])
 def test_decode_refuses_broken_json(core: Any, raw: bytes) -> None:
-    with pytest.raises(RecordError, match=r"^record 'user/1', version 7: stored data is no JSON: "):
+    with pytest.raises(
+        RecordError, match=r"^record 'user/1', version 7: the stored data isn't JSON: "
+    ):
         core.Record("user/1", 7, raw).decode(User)
 
 

@@ -314,7 +314,7 @@ def test_whatever_has_the_method_of_a_model_is_written(core: Any) -> None:
         (b'{"years":"x","born":7.5}', Model, "name: Field required and 2 more"),
         (b"[]", Model, "Input should be an object"),
         (rb'{"name":"\ud800"}', Model, ""),
-        (b"{", Model, "stored data is no JSON"),
+        (b"{", Model, "the stored data isn't JSON"),
     ],
     ids=str,
 )
@@ -467,7 +467,7 @@ def test_a_bulk_fails_with_the_records_that_do_not_fit(reads: Reads) -> None:
         assert list(errors) == ["b", "c", "d"]
         assert all(type(error) is RecordDamaged for error in errors.values())
         assert str(errors["b"]) == "record 'b', version 1: Expected `object`, got `array`"
-        assert "stored data is no JSON" in str(errors["d"])
+        assert "the stored data isn't JSON" in str(errors["d"])
         assert list(failure.value.result) == ["a"]
         assert failure.value.result["a"].data == User("Ada")
 
@@ -504,9 +504,9 @@ class Inside(msgspec.Struct):
 @pytest.mark.parametrize("kind", [Unknown, Inside, list[Unknown], set[Unknown], complex])
 def test_a_class_that_msgspec_can_not_make_is_refused_at_the_call(reads: Reads, kind: Any) -> None:
     for _ in range(2):
-        with pytest.raises(TypeError, match="msgspec makes no"):
+        with pytest.raises(TypeError, match=r"^type=.*: msgspec can't decode JSON into [UIc]"):
             reads.issue("a", kind)
-        with pytest.raises(TypeError, match="msgspec makes no"):
+        with pytest.raises(TypeError, match=r"^type=.*: msgspec can't decode JSON into [UIc]"):
             reads.issue_bulk(["a"], kind)
 
 
@@ -581,7 +581,7 @@ def test_a_bulk_adds_its_misfits_to_the_damaged_records(core: Any) -> None:
     with pytest.raises(BulkError) as failure:
         reads.get_bulk([*"abc"], User)
     assert list(failure.value.errors) == ["b", "c"]
-    assert "its stored version is no integer" in str(failure.value.errors["b"])
+    assert "its stored version isn't an integer" in str(failure.value.errors["b"])
     assert failure.value.result["a"].data == User("Ada")
 
 

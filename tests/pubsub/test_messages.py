@@ -146,7 +146,8 @@ async def test_an_invalid_message_is_counted_and_logged_once(
     assert node.stats()["damaged"] == 4
     complaints = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
     assert complaints == [
-        "topic 4: received b'hello', which is no deepstream message; further ones are only counted"
+        "topic 4: received b'hello', which isn't a deepstream message; "
+        "further ones are only counted"
     ]
 
 

@@ -182,7 +182,7 @@ async def test_a_single_server_is_no_cluster(backend: str, make_server: Any) -> 
     for more in ({}, {"sharded": True}):
         config = {"clusterNode": {"name": "redis", "options": {**options, **more}}}
         node = dscache.MessageNode.from_config(config)
-        with pytest.raises(dscache.DscacheError, match="is no node of a cluster"):
+        with pytest.raises(dscache.DscacheError, match="isn't a node of a cluster"):
             await node.when_ready()
         await node.close()
 

@@ -225,7 +225,7 @@ async def test_the_cluster_state_reported_by_a_node() -> None:
     # Without the right to ask there is no information.
     node.update_nodes(ReplyError("NOPERM no permissions"), WELL)
     assert not node.is_healthy
-    with pytest.raises(ConfigError, match="is no node of a cluster"):
+    with pytest.raises(ConfigError, match="isn't a node of a cluster"):
         node.update_nodes(ReplyError("ERR This instance has cluster support disabled"), WELL)
     with pytest.raises(ReplyError):
         node.update_nodes(ReplyError("LOADING"), WELL)
