@@ -46,10 +46,11 @@ def open_cluster(stage: Stage, **options: Any) -> dscache.Cache:
 
 
 class Load:
-    """Threads that write and read one record each, again and again."""
+    """Threads that write and read one record each, again and again; all have begun in the block."""
 
     def __init__(self, cache: dscache.Cache) -> None:
         self._cache = cache
+        self._begun: set[int] = set()
         self._ended = threading.Event()
         self._threads = threading.Thread(target=self._run)
         self.versions: list[int] = []
@@ -70,10 +71,12 @@ class Load:
             assert record is not None
             assert record.version == version
             assert record.data == {"thread": number, "version": version}
+            self._begun.add(number)
         return version
 
     def __enter__(self) -> Load:
         self._threads.start()
+        until(lambda: len(self._begun) == THREADS or self._failure is not None)
         return self
 
     def __exit__(self, *_: object) -> None:
