@@ -187,6 +187,9 @@ class Connection(LoopBound):
         self._deadlines = Deadlines(self._expire)
         self._first_attempt: asyncio.Future[Exception | None] | None = None
         self._connects = 0
+        self._renewed: list[str | Hidden] = []
+        self.renewals = 0
+        """How often there were new credentials."""
         self.last_loss = ""
         self._keeper = BackgroundTask(self._keep, f"dscache {self.address}", self._end)
         self._tasks = [self._keeper]
@@ -438,6 +441,7 @@ class Connection(LoopBound):
             async with asyncio.timeout(timeout):
                 await self._endpoint.open(link)
                 self.pipeline.address = self.address
+                renewals = self.renewals
                 greeting = await self._endpoint.greet(partial(request_greeting, link))
                 if self._cluster is not None:
                     self._cluster.check_identity(self, greeting.node_id)
@@ -455,6 +459,7 @@ class Connection(LoopBound):
         began = self._loop.time()
         self._stuck_at = math.inf
         self._on_connected(link, greeting)
+        self.catch_up(renewals)
         reason = await asyncio.shield(link.lost)
         while self._socket is not link and self._socket is not None:  # its successor is in use
             link = self._socket
@@ -533,10 +538,21 @@ class Connection(LoopBound):
         other._endpoint.credentials.given = self._endpoint.credentials.given
 
     def _log_in_again(self, words: list[str | Hidden]) -> None:
-        """Send renewed credentials; an attempt under way fetches them by itself."""
-        if self.link is not None:
+        """Send renewed credentials."""
+        self.renewals += 1
+        self._renewed = words
+        self._send_renewed()
+
+    def catch_up(self, renewals: int) -> None:
+        """Send credentials that were renewed since a login began, at ``renewals`` of them."""
+        if self.renewals != renewals:
+            self._send_renewed()
+
+    def _send_renewed(self) -> None:
+        if self.link is not None and not self.link.is_cut:
             self.pipeline.forget("login")
-            send_control(self.link, "AUTH", *words, secrets=self._endpoint.credentials.given)
+            secrets = self._endpoint.credentials.given
+            send_control(self.link, "AUTH", *self._renewed, secrets=secrets)
 
     def _check_place(self) -> None:
         """Disconnect from a server that the Sentinels no longer name."""

@@ -196,6 +196,7 @@ class Maintenance:
             async with asyncio.timeout(options.connect_timeout / 1000):
                 await endpoint.open(link)
                 address = pipeline.address = endpoint.address
+                renewals = node.renewals
                 greeting = await endpoint.greet(partial(request_greeting, link))
             old.hold(True)
             try:
@@ -208,6 +209,7 @@ class Maintenance:
                 if node.link is old and not (old.is_cut or link.is_cut or pipeline.partial):
                     is_moved = True
                     node.replace(link, greeting, address, "the server has moved")
+                    node.catch_up(renewals)
                     if self._announcements is not None:
                         self._announcements.count_move()
                 return is_moved

@@ -78,16 +78,18 @@ class ClusterPool(Pool):
     def _close_departed(self) -> None:
         """Close the connections to departed nodes, of lines that no thread uses."""
         for line in self._idle.copy():  # in one step, unlike a list of it
-            try:
-                self._idle.remove(line)
-            except ValueError:
-                continue  # a thread has borrowed it, and closes them itself
-            try:
-                _cluster(line).close_departed()
-            except BaseException:
-                self._drop(line)
-                raise
-            self._put_back(line)
+            # A thread that finds no line idle waits for the lock, and then finds this one.
+            with self._lock:
+                try:
+                    self._idle.remove(line)
+                except ValueError:
+                    continue  # a thread has borrowed it, and closes them itself
+                try:
+                    _cluster(line).close_departed()
+                except BaseException:
+                    self._drop(line)
+                    raise
+                self._put_back(line)
 
     def _closing_error(self) -> ErrorOf | None:
         return closed_meanwhile if self._closing else None

@@ -178,7 +178,9 @@ class Mover:
         self._stopping = threading.Event()
         self._notice: Notice | None = None
         self._thread: threading.Thread | None = None
-        self._connection: Connection | None = None
+        # A later announcement may begin another move while the first still tries to connect.
+        self.opening: set[Connection] = set()
+        """The connections to a new address that the pool doesn't have yet."""
 
     def follow(self, notice: Notice) -> None:
         """Follow an announcement that no other connection has brought; of a move, in a thread."""
@@ -212,8 +214,8 @@ class Mover:
     def stop(self) -> None:
         """End the move under way."""
         self._stopping.set()
-        connection, thread = self._connection, self._thread
-        if connection is not None:
+        thread = self._thread
+        for connection in tuple(self.opening):
             connection.interrupt(ConnectionAbortedError("the cache was closed"))
         # A cache may be dropped in any thread.
         if thread is not None and thread.ident and thread is not threading.current_thread():
@@ -221,9 +223,9 @@ class Mover:
 
     def reset_after_fork(self) -> None:
         """Begin again in a forked child, which has no such thread."""
-        connection = self._connection
+        opening = self.opening
         self._begin()
-        if connection is not None:
+        for connection in opening:
             connection.leave()
 
     # -- the thread
@@ -250,7 +252,8 @@ class Mover:
         return not self._stopping.is_set() and self._notice is notice
 
     def _try_to_move(self, pool: Pool, notice: Notice, until: float) -> bool:
-        connection = self._connection = pool.new_connection()
+        connection = pool.new_connection()
+        self.opening.add(connection)
         is_moved = False
         try:
             server = pool.open(connection, until, notice.endpoint)
@@ -260,7 +263,7 @@ class Mover:
                 pool.move_to(connection, server)
                 self._announcements.count_move()
         finally:
-            self._connection = None
+            self.opening.discard(connection)
             if not is_moved:
                 connection.discard()
         return is_moved

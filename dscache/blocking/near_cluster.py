@@ -113,7 +113,11 @@ class NearClusterFront(NearFront):
         primaries = self._cluster.primaries()
         for shown in [one for one in self._by_address if one not in primaries]:
             self._by_address.pop(shown).stop()
-            self._nodes.pop(shown, None)
+            with self._lock:
+                self._nodes.pop(shown, None)
+                # The slots may have been routed to it meanwhile: it is a primary again. Its next
+                # link reports to a new NearNode, so they are routed anew.
+                self._table = None
         for shown, options in primaries.items():
             if shown in self._by_address or self._closed:
                 continue

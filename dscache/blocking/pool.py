@@ -143,6 +143,8 @@ class Pool:
                 self._put_back(connection)
             else:
                 idle.append(connection)
+                if connection.retired:
+                    self._withdraw(connection)  # type: ignore[unreachable] # other threads set it
         except BaseException:
             if mine and connection is not None:
                 self._drop(connection)
@@ -201,15 +203,21 @@ class Pool:
         """
         if not self._waiters and self._reserve(spare):
             return spare
+        connection: Connection | None
         if self._options.when_full == "error":
-            with self._lock:
-                self._overloads += 1
-            raise Overloaded(
-                f"{self.address}: all {self._limit} connections are in use, which is all that "
-                "maxConnections allows; the operation was not sent"
-            )
-        deadline = spare.expire(time.monotonic())
-        connection = None if deadline is None else self._wait(spare, deadline)
+            # Once more: another thread may have had one for a moment, but for no operation.
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                with self._lock:
+                    self._overloads += 1
+                raise Overloaded(
+                    f"{self.address}: all {self._limit} connections are in use, which is all that "
+                    "maxConnections allows; the operation was not sent"
+                ) from None
+        else:
+            deadline = spare.expire(time.monotonic())
+            connection = None if deadline is None else self._wait(spare, deadline)
         if connection is None:
             spare.fail_all(closed_meanwhile if self._closing else self._none_free)
             return spare
@@ -301,11 +309,14 @@ class Pool:
                 # From here on another thread may have it.
                 mine = False
                 if turn is not None:
-                    turn.put(connection)
-                elif is_ready:
+                    turn.put(connection)  # its thread drops it if it is retired by now
+                    return
+                if is_ready:
                     self._idle.append(connection)
                 else:
                     self._idle.appendleft(connection)
+                if connection.retired:
+                    self._withdraw(connection)  # type: ignore[unreachable] # other threads set it
         except BaseException:
             if mine:
                 self._drop(connection)
@@ -318,6 +329,20 @@ class Pool:
             self._unplaced.append(spare)
         else:
             self._count(spare)
+
+    def _withdraw(self, connection: Connection) -> None:
+        """End a retired connection that is idle; if it is in use, its thread drops it.
+
+        A thread that puts one back looks behind that whether it is retired. So the thread that has
+        retired it and found it in use leaves nothing behind.
+        """
+        # A thread that finds none idle waits for the lock, and then finds this place free.
+        with self._lock:
+            try:
+                self._idle.remove(connection)
+            except ValueError:
+                return
+            self._drop(connection)
 
     def _drop(self, connection: Connection) -> None:
         """End a connection, and free its place."""
@@ -405,14 +430,10 @@ class Pool:
 
     def _retire(self, concerns: Callable[[Connection], bool]) -> None:
         """Replace the connections that ``concerns`` selects: idle ones now, others after use."""
-        for connection in self._present():
+        for connection in (*self._present(), *self._mover.opening):
             if concerns(connection):
                 connection.retired = True
-                try:
-                    self._idle.remove(connection)
-                except ValueError:
-                    continue  # in use: its thread drops it
-                self._drop(connection)
+                self._withdraw(connection)
 
     def leave_strangers(self, identity: str) -> None:
         """Replace the connections to other servers than the one with this identity."""
@@ -445,10 +466,10 @@ class Pool:
 
     def move_to(self, connection: Connection, server: str) -> None:
         """Use this connection and later ones in place of all others: idle ones end now."""
-        self._note_success(connection, server)
         # If all places are taken, one becomes free below. Else the connection is there before the
         # others end, so that no thread finds none and makes another.
         is_placed = self._place(connection)
+        self._note_success(connection, server)
         self._retire(lambda other: other is not connection)
         if not is_placed and not self._place(connection):
             self._drop(connection)

@@ -449,6 +449,27 @@ async def test_a_renewal_without_a_connection_is_used_by_the_next(
         assert provider.calls == cache.stats()["connects"] == 2
 
 
+class Early(Streaming):
+    """Publishes a new token right behind each answer, which is the one before it."""
+
+    async def get_credentials_async(self) -> Any:
+        answer = self.get_credentials()
+        self.renew(Token(f"{SECRET}-{self.calls}"))
+        return answer
+
+
+async def test_a_renewal_during_a_login_is_sent_behind_it(
+    server: EmbeddedServer, backend: str, account: Account
+) -> None:
+    account.give(f"{SECRET}-0", f"{SECRET}-1")
+    account.redis.config_resetstat()
+    provider = Early()
+    async with open_cache(server, provider, commandTimeout=LONG) as cache:
+        await until(account.logins)
+        assert await cache.set("a", 1, 1) is True
+        assert (provider.calls, cache.stats()["connects"]) == (1, 1)
+
+
 class Nonsense:
     """An object that is no token."""
 

@@ -46,10 +46,11 @@ def open_cluster(stage: Stage, **options: Any) -> dscache.Cache:
 
 
 class Load:
-    """Threads that write and read one record each, again and again."""
+    """Threads that write and read one record each, again and again; all have begun in the block."""
 
     def __init__(self, cache: dscache.Cache) -> None:
         self._cache = cache
+        self._begun: set[int] = set()
         self._ended = threading.Event()
         self._threads = threading.Thread(target=self._run)
         self.versions: list[int] = []
@@ -70,10 +71,12 @@ class Load:
             assert record is not None
             assert record.version == version
             assert record.data == {"thread": number, "version": version}
+            self._begun.add(number)
         return version
 
     def __enter__(self) -> Load:
         self._threads.start()
+        until(lambda: len(self._begun) == THREADS or self._failure is not None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -210,6 +213,46 @@ def test_an_address_that_does_not_answer_delays_nobody(stage: Stage) -> None:
         assert before.accepted == 1
     # ``close`` has ended the attempt.
     until(lambda: not behind.connections)
+
+
+def test_a_second_move_begins_before_the_first_has_ended(stage: Stage) -> None:
+    """The end of one attempt hides no other one from ``close``, nor from a fork."""
+    before, first, second = stage.server(), stage.server(), stage.server()
+    for server in (first, second):
+        stage.do(server.answers.clear)
+    with open_cache(before, connectTimeout=600_000) as cache:
+        pool: Any = cache._topology
+        cache.when_ready()
+        for serial, server in enumerate((first, second), 1):
+            stage.push(b"MOVING", serial, 60, server.address, by=before)
+            cache.set("moving", serial, None)
+            until(lambda server=server: server.connections)
+        assert len(pool._mover.opening) == 2
+        stage.cut(first)
+        until(lambda: len(pool._mover.opening) == 1)
+    # ``close`` has ended the attempt, which would have had ten minutes.
+    until(lambda: not (pool._mover.opening or pool._mover._thread.is_alive()))
+    stage.do(second.answers.set)
+
+
+def test_a_move_with_old_credentials_is_made_again(stage: Stage) -> None:
+    """New credentials concern a connection to the new address that the pool doesn't have yet."""
+    before, behind = stage.server(), stage.server()
+    stage.do(behind.answers.clear)
+    with open_cache(before) as cache:
+        pool: Any = cache._topology
+        cache.when_ready()
+        stage.push(b"MOVING", 1, 60, behind.address, by=before)
+        cache.set("moving", 1, None)
+        until(lambda: behind.connections)
+        [early] = pool._mover.opening
+        pool._renew()
+        stage.do(behind.answers.set)
+        until(lambda: maintenance(cache)["moves"])
+        assert early.gone
+        assert cache.set("moving", 2, None)
+        assert behind.accepted == 2
+        until(lambda: behind.connections == 1)
 
 
 def test_connections_beyond_the_move_fall_back(stage: Stage) -> None:

@@ -135,6 +135,29 @@ def test_a_slot_that_moves(group: ClusterGroup, backend: str) -> None:
             group.migrate([slot], target, source)
 
 
+def test_a_primary_that_leaves_and_returns_at_once(group: ClusterGroup, backend: str) -> None:
+    """Its link ends after the slots were read again, in which it has its slots as before."""
+    name = "n/1"
+    with on_cluster(group) as cache:
+        cache.set(name, 1, 1)
+        until(lambda: is_at_hand(cache, name))
+        pool: Any = cache._topology
+        front: Any = cache._near
+        primaries, left = pool.primaries, pool.owner(slot_of(name))
+        node = front._nodes[left]
+        others = {shown: options for shown, options in primaries().items() if shown != left}
+        # No refresh makes up for what the end of the link has left undone.
+        pool.state.start_refresh = lambda now: 0.0
+        pool.primaries = lambda: others
+        front._wanted.set()
+        until(lambda: left not in front._by_address and not node.is_live)
+        pool.primaries = primaries
+        front._wanted.set()
+        until(lambda: is_at_hand(cache, name))
+        put_on(group, name, 2)
+        until(lambda: version_of(cache, name) == 2)
+
+
 @pytest.mark.parametrize("scale_reads", ["master", "all"])
 def test_a_replaced_primary(group: ClusterGroup, backend: str, scale_reads: str) -> None:
     old = group.primaries()[0]

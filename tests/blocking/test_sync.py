@@ -253,6 +253,27 @@ def test_an_interrupted_thread_frees_its_place(open_cache: OpenCache) -> None:
 
 
 @on_one_server
+def test_a_connection_that_is_out_for_a_moment_is_no_overload(open_cache: OpenCache) -> None:
+    """Another thread has it in its hands, but for no operation."""
+    cache = open_cache(maxConnections=1, whenFull="error")
+    cache.set("a", 1, [1])
+    pool: Any = cache._topology
+    looks: list[object] = []
+
+    class Late(type(pool._idle)):  # type: ignore[misc] # whatever it is
+        def pop(self) -> Any:
+            looks.append(self)
+            if len(looks) == 1:
+                raise IndexError
+            return super().pop()
+
+    pool._idle = Late(pool._idle)
+    assert tuple(cache.get("a")) == (1, [1])
+    assert len(looks) == 2
+    assert (cache.stats()["overloaded"], cache.stats()["connects"]) == (0, 1)
+
+
+@on_one_server
 def test_a_waiting_call_gets_the_place_of_a_lost_connection(open_cache: OpenCache) -> None:
     cache = open_cache(maxConnections=1, **PATIENT)
     cache.set("a", 1, [1])
@@ -391,6 +412,32 @@ def test_an_interrupted_connection_is_closed(open_cache: OpenCache, proxy: Proxy
         assert cache.get("b").data == "b's"  # type: ignore[union-attr]
         assert pool._idle[-1] is not connection
     assert cache.stats()["connections"] == 1
+
+
+@on_one_server
+@pytest.mark.parametrize("event", ["_renew", "close"])
+@pytest.mark.parametrize("call", [READS[0], dscache.Cache.when_ready], ids=["get", "ready"])
+def test_a_connection_retired_while_it_is_put_back_is_ended(
+    open_cache: OpenCache, call: Call, event: str
+) -> None:
+    """Its thread has seen no reason to end it, and the other thread hasn't found it idle."""
+    cache = open_cache(maxConnections=1, closeTimeout=1)
+    cache.set("a", 1, [1])
+    pool: Any = cache._topology
+    connection = pool._idle[-1]
+    sock = connection.sock
+
+    class Late(type(pool._idle)):  # type: ignore[misc] # whatever it is
+        def append(self, given: Any) -> None:
+            getattr(pool, event)()
+            super().append(given)
+
+    pool._idle = Late(pool._idle)
+    call(cache)
+    assert connection.retired
+    assert connection not in pool._idle
+    assert sock.fileno() == -1
+    assert cache.stats()["connections"] == 0
 
 
 @on_one_server

@@ -91,7 +91,10 @@ class Announcer:
         self.slow = 0.0
         """The pause before each command of records, in seconds."""
         self.greets = True
-        """Whether it answers on new connections."""
+        """Whether it answers on new connections; it ends them otherwise."""
+        self.answers = asyncio.Event()
+        """Set while it answers; otherwise it is silent."""
+        self.answers.set()
         self.id = f"{id(self):040x}"
         self._target = host, port
         self._answer = answer
@@ -141,6 +144,7 @@ class Announcer:
         commands, replies = hiredis.Reader(), _Replies()
         try:
             while (data := await client.read(65536)) and self.greets:
+                await self.answers.wait()
                 commands.feed(data)
                 while isinstance(command := commands.gets(), list):
                     if (reply := self._reply(command)) is not None:

@@ -772,6 +772,8 @@ class ClusterGroup(Together):
         if complaint := self._unacquainted():
             return complaint
         views = [(node, node.view()) for node in alive]
+        if complaint := self._renew_outdated(views):
+            return complaint
         first, view = views[0]
         for node, other in views:
             state = node.ask("CLUSTER", "INFO").split()[0]
@@ -789,6 +791,27 @@ class ClusterGroup(Together):
             if follows and (complaint := self._unlinked(node, self._node(line.primary))):
                 return complaint
         return "" if owned == SLOTS else f"{SLOTS - owned} slots are nobody's"
+
+    def _renew_outdated(self, views: Sequence[tuple[ClusterNode, dict[str, _Line]]]) -> str:
+        """Have a primary take a new epoch if the dead one that it replaces had a later one.
+
+        Redis counts the votes of an election for two seconds, or two node timeouts, also when the
+        elected node is a replica again by then. If its primary dies within that time, it wins at
+        once, under the epoch of those votes. Other nodes heed the dead primary's later epoch for
+        good. Valkey forgets votes that have been used.
+        """
+        for node, view in views:
+            mine = view[node.id]
+            if not (mine.is_primary and mine.ranges):
+                continue
+            for other in self.nodes:
+                dead = view[other.id]
+                is_later = dead.is_down and dead.is_primary and dead.epoch > mine.epoch
+                slots = {slot for _, its in views for slot in its[other.id].slots()}
+                if is_later and not other.is_alive and not slots.isdisjoint(mine.slots()):
+                    node.ask("CLUSTER", "BUMPEPOCH")
+                    return f"{node!r} has replaced {other!r} under an earlier epoch"
+        return ""
 
     def _unacquainted(self) -> str:
         ids = {node.id for node in self.nodes}

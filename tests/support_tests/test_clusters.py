@@ -218,6 +218,20 @@ def test_a_killed_primary_is_replaced_and_returns(
     assert group.replica_of(new) is old
 
 
+def test_a_primary_elected_with_old_votes_is_accepted(binary: ServerBinary) -> None:
+    # Its death is noticed while the votes of the first promotion still count.
+    with ClusterGroup(binary, node_timeout_ms=200) as group:
+        old = group.owner("key")
+        new = group.replica_of(old)
+        group.failover(new)
+        group.failover(old, "TAKEOVER")
+        group.kill(old)
+        group.wait_until_ok()
+        assert group.owner("key") is new
+        epochs = [node.view()[new.id].epoch for node in group.nodes if node is not old]
+        assert max(epochs) == min(epochs) > new.view()[old.id].epoch
+
+
 def test_a_paused_node_is_silent_and_returns(group: ClusterGroup) -> None:
     replica = group.replicas()[0]
     group.pause(replica)
