@@ -7,6 +7,7 @@ import gc
 import random
 import subprocess
 import sys
+import sysconfig
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -959,5 +960,7 @@ def test_counted_bytes_match_the_memory_in_use(backend: str, size: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     counted, held = map(int, done.stdout.split())
-    # Python 3.15 takes a tenth less for small records.
-    assert 0.85 < held / counted < 1.1, (counted, held)
+    # Python 3.15 takes a tenth less for small records. A free-threaded one takes up to a third
+    # more: its objects have longer headers, and its allocator rounds sizes up.
+    most = 1.35 if sysconfig.get_config_var("Py_GIL_DISABLED") else 1.1
+    assert 0.85 < held / counted < most, (counted, held)

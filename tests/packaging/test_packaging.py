@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -87,7 +88,9 @@ def backend_of(installed: Path, **environment: str) -> subprocess.CompletedProce
     package the modules that it lacks.
     """
     others = [path for path in sys.path if Path(path).resolve() not in (PROJECT, PROJECT / "tests")]
-    return run("-I", "-S", "-c", PROBE, str(installed), *others, **environment)
+    # A free-threaded Python warns when the pure core imports hiredis, which needs the GIL.
+    options = ("-X", "gil=0") if sysconfig.get_config_var("Py_GIL_DISABLED") else ()
+    return run("-I", "-S", *options, "-c", PROBE, str(installed), *others, **environment)
 
 
 @pytest.fixture(scope="module")

@@ -503,7 +503,9 @@ def _plain_error(error: BaseException) -> Any:
     cause = error.__cause__ and _plain_error(error.__cause__)
     if isinstance(error, ProtocolError) and _fast.READER == "own":
         cause = None  # that of hiredis alone
-    return (type(error).__name__, str(error), more, cause)
+    # A push that is the key of a map: the error names its class, which is that of the reader.
+    text = str(error).replace("dscache._fast._Push", "hiredis.PushNotification")
+    return (type(error).__name__, text, more, cause)
 
 
 def _shown(waiter: Waiter) -> Any:
