@@ -21,7 +21,9 @@ FOR_CONNECTION: Final = (
     *("hello", "auth", "ping", "select", "client|setname", "client|tracking", "command|info"),
 )
 FOR_RECORDS: Final = ("mget", "mset", "msetex", "del", "get", "type")
-FOR_SCRIPTS: Final = ("eval", "evalsha", "script|load", "set", "strlen", "exists", "time")
+FOR_SCRIPTS: Final = (
+    *("eval", "evalsha", "script|load", "set", "strlen", "exists", "time", "pexpiretime"),
+)
 FOR_CLUSTERS: Final = ("readonly", "asking", "cluster|slots", "cluster|info", "cluster|myid")
 FOR_SCANS: Final = (
     *("scan", "info", "role", "cluster|nodes", "cluster|countkeysinslot"),
@@ -94,6 +96,7 @@ def _trials(key: bytes, db: int, *, is_cluster: bool) -> Sequence[tuple[str, Raw
         ("strlen", ["STRLEN", key]),
         ("exists", ["EXISTS", key]),
         ("time", ["TIME"]),
+        ("pexpiretime", ["PEXPIRETIME", key]),
         *(of_cluster if is_cluster else []),
     ]
 
