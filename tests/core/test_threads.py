@@ -156,6 +156,7 @@ def test_no_number_is_taken_twice_however_threads_alternate() -> None:
         return next(serials)
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 traces opcodes only if it is set by now
     sys.settrace(alternate)
     try:
         number = take()

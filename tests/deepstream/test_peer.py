@@ -509,7 +509,7 @@ async def test_lists_are_those_of_the_client(pair: Pair) -> None:
         with pytest.raises(UsageError, match="entry must be a text"):
             await operation
     await pair.peer.records.set("nolist", {"a": 1})
-    with pytest.raises(RecordError, match="no list"):
+    with pytest.raises(RecordError, match="isn't a list"):
         await lists.add("nolist", "a")
 
 
