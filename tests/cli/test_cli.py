@@ -541,11 +541,13 @@ def test_completion_is_installed_and_works(typed: str, offered: list[str], tmp_p
     """By the name of the command, which is the one that a shell completes."""
     command = tmp_path / "dscache"
     command.write_text("import sys\nfrom dscache.cli import main\nsys.exit(main())\n")
+    # typer looks for a shell among the parents of a process, and tests may have none.
+    undetected = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
 
     def started(*words: str, **variables: str) -> str:
         done = subprocess.run(
             [sys.executable, str(command), *words],
-            env={**os.environ, "HOME": str(tmp_path), **variables},
+            env={**os.environ, "HOME": str(tmp_path), **undetected, **variables},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
