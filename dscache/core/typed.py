@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakSet
 
 import msgspec
 
@@ -72,14 +71,27 @@ _WITH_FIELDS: Final = (
     msgspec.inspect.DataclassType,
     msgspec.inspect.TypedDictType,
 )
-# Weak, as a program may make types all the time.
-_warned: WeakSet[Any] = WeakSet()
 _logger = logging.getLogger("dscache")
 # JSON's own types, which may fit an abstract class.
 _PLAIN: Final = (dict, list, str, int, float, bool, type(None))
 
 
+class _Members:
+    """The members that a type names, and whether an update has warned of others."""
+
+    __slots__ = ("are_warned_of", "named")
+
+    def __init__(self, named: frozenset[str] | None) -> None:
+        self.named = named
+        self.are_warned_of = False
+
+
+# Bounded, as a program may make types all the time.
 @lru_cache(maxsize=256)
+def _members_of(type_: Any) -> _Members:
+    return _Members(_members_named(type_))
+
+
 def _members_named(type_: Any) -> frozenset[str] | None:
     """Return the members of an object that a type names, or None if it may take others too."""
     if is_model(type_):
@@ -97,11 +109,12 @@ def _members_named(type_: Any) -> frozenset[str] | None:
 def warn_of_removal(name: str, stored: bytes, written: bytes, type_: Any) -> None:
     """Warn once for each type if an update removes members that the type doesn't name."""
     try:
-        named = _members_named(type_)
+        members = _members_of(type_)
     except TypeError as error:  # without a hash, as an annotation in it may be
         raise_interruption(error)
         return
-    if named is None or type_ in _warned:
+    named = members.named
+    if named is None or members.are_warned_of:
         return
     try:
         unknown = _members(stored).keys() - named
@@ -110,7 +123,7 @@ def warn_of_removal(name: str, stored: bytes, written: bytes, type_: Any) -> Non
         raise_interruption(error)
         return
     if removed:
-        _warned.add(type_)
+        members.are_warned_of = True
         _logger.warning(
             "update: record %s: the type %s doesn't name the member %s, which the update "
             "removes; name it in the type, or update without a type (logged once for each type)",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
 from collections.abc import AsyncIterator
-from typing import Any, TypedDict
+from typing import Annotated, Any, NewType, TypedDict
 
 import msgspec
 import pydantic
@@ -130,6 +131,25 @@ async def test_an_update_that_removes_members_is_logged_once_for_each_type(
         f"update: record 'n': the type {type_.__qualname__} doesn't name the member 'new'"
         for type_, _ in loud
     ]
+
+
+async def test_other_names_of_a_type(cache: Either, caplog: pytest.LogCaptureFixture) -> None:
+    """An update that removes members takes each form of a type that a read takes."""
+
+    class Own(msgspec.Struct):
+        name: str
+
+    known: dict[str, Any] = {
+        "NewType": NewType("Own", Own),
+        "Annotated": Annotated[Own, "of a test"],
+    }
+    if sys.version_info >= (3, 12):
+        exec("type Alias = Own", {"Own": Own}, known)  # nothing can refer to it weakly
+    for type_ in known.values():
+        await cache.do("set", "n", 1, {"name": "Ada", "new": 1})
+        record = await cache.do("update", "n", lambda user: user, type=type_)
+        assert record.raw == b'{"name":"Ada"}'
+    assert len(caplog.messages) == len(known)
 
 
 async def test_update(cache: Either) -> None:
