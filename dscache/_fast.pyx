@@ -358,7 +358,7 @@ cdef class Pipeline:
         return 0
 
     def take_output(self):
-        """Return the RESP bytes of some hundred waiting records, which then count as sent.
+        """Return the RESP bytes of about 256 waiting records, which then count as sent.
 
         Further records wait for the next call, or until the window has room for them. If it
         raises, or the bytes can't be sent, the connection must end.

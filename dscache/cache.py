@@ -259,7 +259,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         """Write records ``{name: (version, data)}``; the result is the set of names not written.
 
         Each record is written as ``set`` does. The bulk as a whole isn't atomic, because it is sent
-        in commands of some hundred records. The set is empty if there is no condition. ``ttl`` is
+        in commands of up to 256 records. The set is empty if there is no condition. ``ttl`` is
         the lifetime of all these records. ``if_version`` maps each name to the version that Redis
         must hold, or to None for no record.
 

@@ -7,7 +7,7 @@ Theory of operation
 -------------------
 **Batches and slots.** An operation joins a batch: the records of one kind (reads, writes, ...)
 issued in one tick of the event loop, or one bulk operation. ``take_output`` turns waiting batches
-into commands of up to some hundred records each, and returns about as many records at a time, so
+into commands of up to 256 records each, and returns about as many records at a time, so
 that the server begins with the first ones while the next are encoded. A command in flight is a
 slot, and replies come in the order of the slots. A slot belongs to the pipeline: if its waiter is
 cancelled or late, the reply is still parsed, and then dropped.
@@ -392,7 +392,7 @@ class Pipeline:
         self._awake = False
 
     def take_output(self) -> bytes:
-        """Return the RESP bytes of some hundred waiting records, which then count as sent.
+        """Return the RESP bytes of about 256 waiting records, which then count as sent.
 
         Further records wait for the next call, or until the window has room for them. If it
         raises, or the bytes can't be sent, the connection must end.

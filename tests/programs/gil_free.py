@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import pickle
 import random
 import statistics
@@ -377,27 +378,39 @@ def _interpreter() -> dict[str, Any]:
 def scaling(rounds: int, seconds: float) -> dict[str, Any]:
     """Return, of each kind of work, how much more two threads do than one, by the median.
 
-    Of a second, and of a second of the processors, which counts on a machine that has other work.
-    Two threads that share nothing, and run a loop, tell what the machine has to give.
+    ``ratio`` is of a second, ``of_processors`` of a second of the processors, which counts on a
+    machine that has other work. Three things bound what dscache can reach: ``loop`` is of threads
+    that share nothing, ``futures`` of threads that only await done futures, and ``processes`` of
+    two processes with one thread each.
     """
     figures: dict[str, Any] = _interpreter()
     with EmbeddedServer() as server:
         board = Board(server.url, 0)
         with board.open(dscache.Cache) as cache:
             cache.set_bulk({f"s{i}": (1, data_of(f"s{i}", 20)) for i in range(1000)})
-        for kind in (_loop, _near_hits, _shared_near_hits, _decoded_bulks):
-            ratios, of_processors, rates = [], [], []
+        for kind in (
+            _loop,
+            _futures,
+            _near_hits,
+            _near_hits_of_own_caches,
+            _near_hits_of_one_cache,
+            _decoded_bulks,
+        ):
+            ratios, of_processors, processes, rates = [], [], [], []
             for _ in range(rounds):
                 one, one_of_processors = _rates(board, kind, 1, seconds)
                 two, two_of_processors = _rates(board, kind, 2, seconds)
                 rates.append(one)
                 ratios.append(two / one)
                 of_processors.append(two_of_processors / one_of_processors)
+                one, two = (_rate_of_processes(board, kind, n, seconds) for n in (1, 2))
+                processes.append(two / one)
             figures[kind.__name__[1:]] = {
                 "per_second": round(statistics.median(rates)),
                 "ratio": round(statistics.median(ratios), 2),
                 "ratios": [round(ratio, 2) for ratio in sorted(ratios)],
                 "of_processors": round(statistics.median(of_processors), 2),
+                "processes": round(statistics.median(processes), 2),
             }
     return figures
 
@@ -426,6 +439,29 @@ def _rates(
     return sum(done), sum(of_processor)
 
 
+def _rate_of_processes(board: Board, kind: Callable[..., int], count: int, seconds: float) -> float:
+    """Return what processes with one thread each do in a second."""
+    context = multiprocessing.get_context("spawn")
+    barrier, times = context.Barrier(count), context.SimpleQueue()
+    processes = [
+        context.Process(target=_process, args=(board, kind, i, barrier, seconds, times))
+        for i in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0, f"{kind.__name__}: a process ended with {process.exitcode}"
+    return sum(times.get() for _ in processes) / seconds
+
+
+def _process(
+    board: Board, kind: Callable[..., int], number: int, barrier: Any, seconds: float, times: Any
+) -> None:
+    with board.open(dscache.Cache) as cache:
+        times.put(kind(board, cache, number, barrier, seconds))
+
+
 def _loop(_board: Board, _cache: Any, _number: int, barrier: Any, seconds: float) -> int:
     count = 0
     barrier.wait()
@@ -435,6 +471,23 @@ def _loop(_board: Board, _cache: Any, _number: int, barrier: Any, seconds: float
             pass
         count += 1000
     return count
+
+
+def _futures(_board: Board, _cache: Any, _number: int, barrier: Any, seconds: float) -> int:
+    async def work() -> int:
+        loop = asyncio.get_running_loop()
+        count = 0
+        await asyncio.to_thread(barrier.wait)
+        ends = time.perf_counter() + seconds
+        while time.perf_counter() < ends:
+            for i in range(50):
+                future = loop.create_future()
+                future.set_result(i)
+                await future
+            count += 50
+        return count
+
+    return asyncio.run(work())
 
 
 def _near_hits(board: Board, _cache: Any, number: int, barrier: Any, seconds: float) -> int:
@@ -455,7 +508,16 @@ def _near_hits(board: Board, _cache: Any, number: int, barrier: Any, seconds: fl
     return asyncio.run(work())
 
 
-def _shared_near_hits(_board: Board, cache: Any, number: int, barrier: Any, seconds: float) -> int:
+def _near_hits_of_own_caches(
+    board: Board, _cache: Any, number: int, barrier: Any, seconds: float
+) -> int:
+    with board.open(dscache.Cache) as cache:
+        return _near_hits_of_one_cache(board, cache, number, barrier, seconds)
+
+
+def _near_hits_of_one_cache(
+    _board: Board, cache: Any, number: int, barrier: Any, seconds: float
+) -> int:
     names = [f"s{number * 50 + i}" for i in range(50)]
     for name in names:
         cache.get(name)
