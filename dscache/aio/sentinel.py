@@ -99,7 +99,7 @@ class Sentinels:
             await connection.send_packed_command(packed)
             for _ in commands:
                 try:
-                    replies.append(await connection.read_response())
+                    replies.append(await _read(connection))
                 except ResponseError as error:
                     refusal = error
                     replies.append(error)
@@ -202,7 +202,7 @@ class Sentinels:
                     connection = await self._connect(node)
                     await connection.send_command("SUBSCRIBE", *_EVENTS)
                     for _ in _EVENTS:
-                        await connection.read_response()
+                        await _read(connection)
                 if complained:
                     _logger.info("subscribed to the Sentinel %s again", node.address)
                 complained = False
@@ -228,7 +228,7 @@ class Sentinels:
         is_pinged = False
         while True:
             wait = _PING_ANSWER if is_pinged else _PING_AFTER
-            match await connection.read_response(timeout=wait):
+            match await _read(connection, wait):
                 case None if is_pinged:
                     raise TimeoutError
                 case None:
@@ -314,6 +314,15 @@ class Sentinels:
         if connection is not None and self._loop.is_running():
             with suppress(RedisError, OSError):
                 await connection.disconnect(nowait=True)
+
+
+async def _read(connection: Connection, seconds: float | None = None) -> Any:
+    """Read a reply; return None if none arrives in so many seconds.
+
+    The caller disconnects after an error. redis-py's own attempt needs a running loop, so it would
+    print an error if Python closes this coroutine at the end of the program.
+    """
+    return await connection.read_response(timeout=seconds, disconnect_on_error=False)
 
 
 async def _pause(failures: int) -> None:
