@@ -170,7 +170,7 @@ def _entry(part: Part, name: str, field: inspect.Field | None, row: list[str]) -
         f"\n#### `{name}` {{ #{part.heading}-{name} .option }}\n\n"
         f"{purpose[:1].upper()}{purpose[1:]}.\n\n"
         f"- takes {facts}\n"
-        f"- `{written[1]}` {mistake(part, written[1])}\n"
+        f"- `{written[1]}`: {mistake(part, written[1])}\n"
     )
 
 

@@ -36,7 +36,9 @@ Host = Annotated[
     Meta(
         # One colon is that of a port, and several are those of an IPv6 address.
         pattern=r"(?![^:]*:[0-9]+$)[^\s/@\[\]]+",
-        extra={"expected": "a host name or an address, without a port (a URL is for url)"},
+        extra={
+            "expected": "a host name or an address, without a port (for a URL, use the option url)"
+        },
     ),
 ]
 Port = Annotated[int, Meta(ge=1, le=65535)]

@@ -111,10 +111,10 @@ def check_cluster(options: Options, places: Mapping[str, Location]) -> None:
         )
     if options.proxied:
         raise places["proxied"].error(
-            "is for a proxy that hides the nodes, which nodes names here; leave either of them out"
+            "is for a proxy that hides the nodes, but the option nodes lists them; leave out proxied or nodes"
         )
     if options.path:
-        raise places["path"].error("a cluster has no socket; leave it out, or nodes")
+        raise places["path"].error("a cluster has no socket; leave out the path or nodes")
     if options.scale_reads == "zone" and not options.zone:
         raise places["scaleReads"].error(
             "reads replicas in the program's own availability zone; write its name as zone: ..."

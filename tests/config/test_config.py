@@ -743,11 +743,11 @@ def field(found: Options, line: str) -> object:
         ),
         (
             "host: a b",
-            "host: must be a host name or an address, without a port (a URL is for url), not 'a b'",
+            "host: must be a host name or an address, without a port (for a URL, use the option url), not 'a b'",
         ),
         (
             f"host: redis://:{SECRET}@h",
-            "host: must be a host name or an address, without a port (a URL is for url), not text",
+            "host: must be a host name or an address, without a port (for a URL, use the option url), not text",
         ),
         ("host: ''", "host: is empty; is the variable set that it comes from?"),
         ("url: ''", "url: is empty; is the variable set that it comes from?"),
@@ -1294,7 +1294,7 @@ def test_url_beside_nodes(notes: Notes) -> None:
             OTHER_DATABASE,
         ),
         ("rediss://h", "on a cluster redisOptions.tls is used; write it there"),
-        ("unix:///run/redis.sock", "a cluster has no socket; leave it out, or nodes"),
+        ("unix:///run/redis.sock", "a cluster has no socket; leave out the path or nodes"),
     ):
         assert refusal(options, nodes=[{}], url=url) == f"mapping: options.url: {message}"
 

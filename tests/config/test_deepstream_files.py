@@ -235,7 +235,7 @@ TRIED: list[tuple[str, str]] = [
         r"cache.options.nodes\[0\].url: .*write host: and port: of each node",
     ),
     ("cache: {name: redis, options: {host: 'redis:6379'}}", ".*without a port"),
-    ("cache: {name: redis, options: {host: '${URL}'}}", ".*a URL is for url"),
+    ("cache: {name: redis, options: {host: '${URL}'}}", ".*for a URL, use the option url"),
     ("cache: {name: redis, options: {url: '${URL}'}}", "h:15000"),
     ("cache: {name: redis, options: {url: $URL}}", r".*written as in \${REDIS_URL}"),
     ("cache: {name: redis, options: '${UNSET}'}", ".*variable UNSET is not set"),

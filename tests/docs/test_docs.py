@@ -68,7 +68,7 @@ def test_every_option_and_its_default(part: Part) -> None:
 def mistakes() -> Iterator[Any]:
     for part in PARTS:
         for row in table(CONFIGURATION, part.heading):
-            match = re.fullmatch(r"`(.+?)` (.+)", row[3])
+            match = re.fullmatch(r"`(.+?)`: (.+)", row[3])
             assert match, f"{part.heading}: {row[0]}: no mistake: {row[3]!r}"
             yield pytest.param(part, match[1], match[2], id=f"{part.heading}-{match[1]}")
 

@@ -42,7 +42,7 @@ def test_every_entry_has_type_default_purpose_and_error(part: Part) -> None:
     told = entries()
     for name, field in fields(part.struct).items():
         purpose, facts, error = re.fullmatch(
-            r"\n(.+)\n\n- takes (.+)\n- (`.+` .+)\n+(?:#[\s\S]*|[^#][\s\S]*)?",
+            r"\n(.+)\n\n- takes (.+)\n- (`.+`: .+)\n+(?:#[\s\S]*|[^#][\s\S]*)?",
             told[f"{part.heading}-{name}"],
         ).groups()
         assert len(purpose) > 3
