@@ -136,25 +136,30 @@ async def test_a_dropped_message_node(
     assert heard == []
 
 
-async def test_an_iterator_keeps_its_message_node(server: EmbeddedServer, backend: str) -> None:
-    other = dscache.MessageNode.from_config(server.url)
+def test_an_iterator_keeps_its_message_node(server: EmbeddedServer, backend: str) -> None:
+    async def use() -> None:
+        def messages() -> tuple[Any, Callable[[], Any]]:
+            node = dscache.MessageNode.from_config(server.url)
+            return node.messages(40), node.when_ready
 
-    def messages() -> tuple[Any, Callable[[], Any]]:
-        node = dscache.MessageNode.from_config(server.url)
-        return node.messages(40), node.when_ready
-
-    received, when_ready = messages()
-    gc.collect()
-    await when_ready()
-    async with other:
-        await other.send({"topic": 40, "n": 1})
-        async with asyncio.timeout(PATIENCE):
-            message, _ = await anext(received)
-    assert message["n"] == 1
-    del message
-    del received, when_ready  # the subscription ends in the next tick
-    with pytest.warns(ResourceWarning, match=REMEDY):
+        received, when_ready = messages()
+        gc.collect()
+        await when_ready()
+        async with dscache.MessageNode.from_config(server.url) as other:
+            await other.send({"topic": 40, "n": 1})
+            async with asyncio.timeout(PATIENCE):
+                message, _ = await anext(received)
+        assert message["n"] == 1
+        assert len(caught) == 0
+        del message
+        del received, when_ready  # the subscription ends in the next tick
         await asyncio.sleep(0.01)
+        assert len(caught) == 1
+
+    # Around the loop, which drops the node outside of any task. Without the GIL, only the context
+    # in which warnings are caught sees them.
+    with pytest.warns(ResourceWarning, match=REMEDY) as caught:
+        asyncio.run(use())
 
 
 def test_a_dropped_cache(server: EmbeddedServer, redis: redis_py.Redis, backend: str) -> None:
