@@ -118,7 +118,8 @@ def _due_suspect(pipeline: Pipeline) -> Batch | None:
         return first
     if first.deadline - time.monotonic() <= pipeline.timeout / 2:
         return first
-    if any(_keep_order(suspect, batch) for batch in pipeline.queue for suspect in suspects):
+    # A copy: a finalizer may issue an operation, which joins the queue.
+    if any(_keep_order(suspect, batch) for batch in pipeline.queue.copy() for suspect in suspects):
         # Not just that suspect: it must not overtake an older one of another of its names.
         return first
     return None

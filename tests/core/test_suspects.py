@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dscache.core import failures
+from dscache.core import failures, suspects
 from dscache.errors import ConnectionLost, DeadlineExceeded
 from tests.support.wire import CORES, Exchange, Operation
 
@@ -78,6 +78,30 @@ def test_a_suspect_overtakes_no_older_one(exchange: Exchange) -> None:
     assert list(read.result()) == ["a"]
     assert [command[0] for command in exchange.take()] == [b"DEL"]
     exchange.reply(2)
+    exchange.assert_drained()
+
+
+def test_a_finalizer_issues_operations_while_a_suspect_waits(
+    exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Garbage collection may begin between any two operations that are compared with a suspect."""
+    [suspect] = exchange.issue(Op("get", "a"))
+    cut(exchange)
+    cut(exchange)
+    exchange.issue(Op("get", "b"), Op("set", "c", (1, 1)))
+    keep_order = suspects._keep_order
+
+    def collecting(one: Any, other: Any) -> bool:
+        exchange.issue(Op("get_bulk", ["d"]))
+        return keep_order(one, other)
+
+    monkeypatch.setattr(suspects, "_keep_order", collecting)
+    assert [command[1] for command in exchange.take()] == [b"b_v", b"c_v", b"d_v", b"d_v"]
+    exchange.reply([None, None], "OK", [None, None], [None, None])
+    monkeypatch.undo()
+    assert [command[1] for command in exchange.take()] == [b"a_v"]
+    exchange.reply([b"2", b"1"])
+    assert tuple(suspect.result()) == (2, 1)
     exchange.assert_drained()
 
 
