@@ -99,6 +99,10 @@ async def test_a_lost_node_is_replaced_by_any_other(nodes: Nodes, group: Cluster
 
 async def test_a_partitioned_node_is_left(backend: str) -> None:
     with ClusterGroup(BY_AGE[0], primaries=1, replicas=1, node_timeout_ms=1000) as group:
+        # Only a replica that has data is in CLUSTER SLOTS, from which the hearer knows the nodes.
+        (primary,) = group.primaries()
+        primary.ask("SET", "a", "1")
+        await until(lambda: len(primary.ask("CLUSTER", "SLOTS")[0]) == 4)
         async with open_nodes(**group.options, slotsRefreshInterval=100) as nodes:
             hearer = await nodes("B")
             received = await receive_on(hearer, EVENT)
