@@ -37,7 +37,8 @@ Host = Annotated[
         # One colon is that of a port, and several are those of an IPv6 address.
         pattern=r"(?![^:]*:[0-9]+$)[^\s/@\[\]]+",
         extra={
-            "expected": "a host name or an address, without a port (for a URL, use the option url)"
+            "expected": "a host name or an address without a port",
+            "remedy": "for a URL, use the option url",
         },
     ),
 ]

@@ -45,7 +45,7 @@ def check_sentinels(options: Options, place: Location) -> None:
     if options.sentinels and not options.name:
         raise place.at("name").error("is missing; write the name of the group the Sentinels watch")
     if options.sentinels and options.nodes:
-        raise place.at("nodes").error("a cluster has no Sentinels; leave either of them out")
+        raise place.at("nodes").error("a cluster has no Sentinels; leave out sentinels or nodes")
     if options.name and not options.sentinels:
         raise place.at("name").error(
             "names a group that Sentinels watch, but there are no sentinels; the cache's own name "
@@ -111,7 +111,7 @@ def check_cluster(options: Options, places: Mapping[str, Location]) -> None:
         )
     if options.proxied:
         raise places["proxied"].error(
-            "is for a proxy that hides the nodes, but the option nodes lists them; leave out proxied or nodes"
+            "is for a proxy that hides the nodes of a cluster; leave out proxied or nodes"
         )
     if options.path:
         raise places["path"].error("a cluster has no socket; leave out the path or nodes")

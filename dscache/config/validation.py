@@ -226,7 +226,7 @@ def _value(kind: inspect.Type, written: object, place: Location) -> object:
         if kind.pattern is not None and not re.fullmatch(kind.pattern, result):
             if not result:
                 raise place.error(EMPTY)
-            _refuse(written, place, str(extra["expected"]), secret)
+            _refuse(written, place, str(extra["expected"]), secret, str(extra.get("remedy", "")))
         return result
     plain = _plain(written)
     if isinstance(kind, inspect.VarTupleType):
@@ -329,11 +329,13 @@ def _number(written: object, place: Location, expected: str) -> int:
     return value
 
 
-def _refuse(written: object, place: Location, expected: str, secret: bool = False) -> NoReturn:
+def _refuse(
+    written: object, place: Location, expected: str, secret: bool = False, remedy: str = ""
+) -> NoReturn:
     shown = _kind(written) if secret else _shown(written)
-    comment = isinstance(written, str) and re.search(r"\s//", written)
-    remedy = "; // starts no comment in YAML, # does" if comment else ""
-    raise place.error(f"must be {expected}, not {shown}{remedy}")
+    if isinstance(written, str) and re.search(r"\s//", written):
+        remedy = "in YAML, a comment begins with #, not with //"
+    raise place.error(f"must be {expected}, not {shown}{remedy and f'; {remedy}'}")
 
 
 def _shown(written: object) -> str:

@@ -715,13 +715,13 @@ def field(found: Options, line: str) -> object:
         (
             "db: 3 // optional",
             "db: must be a whole number of at least 0, not '3 // optional'; "
-            "// starts no comment in YAML, # does",
+            "in YAML, a comment begins with #, not with //",
         ),
         ("db: -1", "db: must be a whole number of at least 0, not -1"),
         (
             'ttl: "86400 // optional"',
             "ttl: must be a whole number of seconds from 1 to 10000000000, not '86400 // "
-            "optional'; // starts no comment in YAML, # does",
+            "optional'; in YAML, a comment begins with #, not with //",
         ),
         ("ttl: -1", "ttl: must be a whole number of seconds from 1 to 10000000000, not -1"),
         ("ttl: true", "ttl: must be a whole number of seconds from 1 to 10000000000, not true"),
@@ -743,11 +743,13 @@ def field(found: Options, line: str) -> object:
         ),
         (
             "host: a b",
-            "host: must be a host name or an address, without a port (for a URL, use the option url), not 'a b'",
+            "host: must be a host name or an address without a port, not 'a b'; "
+            "for a URL, use the option url",
         ),
         (
             f"host: redis://:{SECRET}@h",
-            "host: must be a host name or an address, without a port (for a URL, use the option url), not text",
+            "host: must be a host name or an address without a port, not text; "
+            "for a URL, use the option url",
         ),
         ("host: ''", "host: is empty; is the variable set that it comes from?"),
         ("url: ''", "url: is empty; is the variable set that it comes from?"),
