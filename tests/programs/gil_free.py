@@ -394,6 +394,7 @@ def scaling(rounds: int, seconds: float) -> dict[str, Any]:
             _near_hits,
             _near_hits_of_own_caches,
             _near_hits_of_one_cache,
+            _bulk_hits_of_one_cache,
             _decoded_bulks,
         ):
             ratios, of_processors, processes, rates = [], [], [], []
@@ -527,6 +528,21 @@ def _near_hits_of_one_cache(
     while time.perf_counter() < ends:
         for name in names:
             cache.get(name)
+        count += len(names)
+    return count
+
+
+def _bulk_hits_of_one_cache(
+    _board: Board, cache: Any, number: int, barrier: Any, seconds: float
+) -> int:
+    names = [f"s{number * 50 + i}" for i in range(50)]
+    for name in names:
+        cache.get(name)
+    count = 0
+    barrier.wait()
+    ends = time.perf_counter() + seconds
+    while time.perf_counter() < ends:
+        cache.get_bulk(names)
         count += len(names)
     return count
 
