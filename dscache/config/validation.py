@@ -257,8 +257,8 @@ def _integer(
     low, high = cast(int, kind.ge), kind.le
     span = f"from {low} to {high}" if high else f"of at least {low}"
     unit = f"of {extra['unit']} " if "unit" in extra else ""
-    expected = f"a whole number {unit}{span}"
     zero_is_none = extra.get("zero_is_none")
+    expected = f"{'0, or ' if zero_is_none else ''}a whole number {unit}{span}"
     # deepstream's connector takes any falsy ttl for none.
     if zero_is_none and _plain(written) in (False, ""):
         return None

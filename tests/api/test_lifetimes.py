@@ -232,5 +232,7 @@ async def test_others_are_refused_in_the_words_for_ints(
                 f"timedelta, 0 for none or None for the configured default, not {ttl!r}{zero}"
             )
         assert await cache.do("get", "n") is None
-    with pytest.raises(dscache.ConfigError, match=r"ttl: must be a whole number.* not datetime\."):
+    with pytest.raises(
+        dscache.ConfigError, match=r"ttl: must be 0, or a whole number.* not datetime\."
+    ):
         load("redis://h", options={"ttl": ttl})

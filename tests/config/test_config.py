@@ -720,12 +720,15 @@ def field(found: Options, line: str) -> object:
         ("db: -1", "db: must be a whole number of at least 0, not -1"),
         (
             'ttl: "86400 // optional"',
-            "ttl: must be a whole number of seconds from 1 to 10000000000, not '86400 // "
+            "ttl: must be 0, or a whole number of seconds from 1 to 10000000000, not '86400 // "
             "optional'; in YAML, a comment begins with #, not with //",
         ),
-        ("ttl: -1", "ttl: must be a whole number of seconds from 1 to 10000000000, not -1"),
-        ("ttl: true", "ttl: must be a whole number of seconds from 1 to 10000000000, not true"),
-        ("ttl: 1.5", "ttl: must be a whole number of seconds from 1 to 10000000000, not 1.5"),
+        ("ttl: -1", "ttl: must be 0, or a whole number of seconds from 1 to 10000000000, not -1"),
+        (
+            "ttl: true",
+            "ttl: must be 0, or a whole number of seconds from 1 to 10000000000, not true",
+        ),
+        ("ttl: 1.5", "ttl: must be 0, or a whole number of seconds from 1 to 10000000000, not 1.5"),
         (
             "connectTimeout: 0",
             f"connectTimeout: {MS}, not 0",
@@ -843,11 +846,11 @@ def field(found: Options, line: str) -> object:
         ),
         (
             "slotsRefreshInterval: -1",
-            f"slotsRefreshInterval: {MS}, not -1",
+            f"slotsRefreshInterval: {MS.replace('must be', 'must be 0, or')}, not -1",
         ),
         (
             "slotsRefreshInterval: true",
-            f"slotsRefreshInterval: {MS}, not true",
+            f"slotsRefreshInterval: {MS.replace('must be', 'must be 0, or')}, not true",
         ),
         (
             "clusterRetryStrategy: 100",

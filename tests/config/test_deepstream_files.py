@@ -65,7 +65,7 @@ EXPECTED = {
         "redis-1.example.com:15000", NO_NODE, {"REDIS_URL": HEROKU.replace("redis:", "rediss:")}
     ),
     "v7-readme.yml": Expected(
-        "cache.options.ttl: must be a whole number of seconds from 1 to", NO_NODE, PLACES
+        "cache.options.ttl: must be 0, or a whole number of seconds from 1 to", NO_NODE, PLACES
     ),
     "v8-memcached.json": Expected(
         'cache.name: must be "redis" or "memory", not \'memcached\'',
