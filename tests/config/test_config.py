@@ -1305,8 +1305,8 @@ def test_url_beside_nodes(notes: Notes) -> None:
 
 
 OTHER_DATABASE = (
-    "on a cluster redisOptions.db is used; write 3 there if the cluster has several databases "
-    "(Valkey 9 with cluster-databases), else leave it out"
+    "on a cluster, write redisOptions.db: 3 if it has several databases (Valkey 9 with "
+    "cluster-databases), else leave out db"
 )
 
 

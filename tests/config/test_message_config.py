@@ -123,7 +123,10 @@ def options(**written: Any) -> dict[str, Any]:
             options(sentinels=[{}], name="x", role="slave"),
             "options.role: must be master: a message",
         ),
-        (options(nodes=[{}], db=1), "on a cluster redisOptions.db is used"),
+        (
+            options(nodes=[{}], db=1),
+            "on a cluster, write redisOptions.db: 1 if it has several databases",
+        ),
         ({"serverName": [], "clusterNode": ENTRY}, "mapping: serverName: must be text"),
         ({"serverName": "", "clusterNode": ENTRY}, "mapping: serverName: must be a text that is"),
         ("redis://h/x", "the path must be the number of a database"),
