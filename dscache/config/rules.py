@@ -106,8 +106,8 @@ def check_cluster(options: Options, places: Mapping[str, Location]) -> None:
     shared = options.redis_options
     if options.db:
         raise places["db"].error(
-            f"on a cluster, write redisOptions.db: {options.db} if it has several databases (Valkey 9 "
-            "with cluster-databases), else leave out db"
+            f"on a cluster, write redisOptions.db: {options.db} if it has several databases "
+            "(Valkey 9 with cluster-databases), else leave out db"
         )
     if options.proxied:
         raise places["proxied"].error(
