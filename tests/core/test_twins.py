@@ -80,7 +80,9 @@ def shown(value: Any) -> Any:
     if isinstance(value, set):
         return sorted(value)
     if isinstance(value, list):
-        return [type(value), *map(shown, value)]
+        # The compiled core without hiredis has a class of its own for a push.
+        kind = "list" if type(value) is list else "push"
+        return [kind, *map(shown, value)]
     return (type(value), repr(value))
 
 

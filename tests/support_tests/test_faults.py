@@ -29,6 +29,9 @@ async def connected(
             yield reader, writer
         finally:
             writer.transport.abort()
+            # Whose error would be logged later, in another test, if nobody asked for it.
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
 
 async def silent(reader: asyncio.StreamReader) -> bool:
