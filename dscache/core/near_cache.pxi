@@ -209,12 +209,15 @@ cdef class _NearStore:
 
     cdef int _make_room(self, Py_ssize_t records, Py_ssize_t size) except -1:
         cdef _Entry entry
+        # Other threads may have hits meanwhile, without the lock.
+        cdef Py_ssize_t chances = PyDict_Size(self._entries)
         while self._ends.after != <PyObject*>self._ends and (
             PyDict_Size(self._entries) + records > self._max_records
             or self._bytes + self._table() + size > self._max_bytes
         ):
             entry = <_Entry>self._ends.after
-            if read_flag(entry.was_hit) and entry.epoch.state == LIVE:
+            if read_flag(entry.was_hit) and entry.epoch.state == LIVE and chances > 0:
+                chances -= 1
                 write_flag(entry.was_hit, False)
                 unlink(entry)
                 self._append(entry)

@@ -241,7 +241,8 @@ cdef extern from *:
     # The identity of this thread. Python's own function takes four times the instructions.
     unsigned long dscache_thread() noexcept nogil
 
-    # Nothing with the GIL. A thread that has the lock runs no Python code, nor waits for another.
+    # Nothing with the GIL. A thread that has the lock runs no Python code, and waits
+    # for another only at a dict.
     ctypedef struct dscache_mutex:
         pass
     void dscache_renew(dscache_mutex*) noexcept

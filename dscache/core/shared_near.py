@@ -44,11 +44,11 @@ client; before that, reads return the server's state.
 answer is compared with the first. If they differ, the entry is dropped, since it isn't known which
 is newer. So is an entry that differs from the version that any other read has found.
 
-**No lock over I/O.** A hit is one look-up in a dict. Threads take turns at compiled code, which
-needs no lock at all. In this module, a lock protects the counters and the order of the entries for
-the length of a few statements. A signal handler may strike in between and use the cache itself.
-Each step that decides which record is served is a single one: putting an entry into the dict,
-dropping it, and filling it.
+**No lock over I/O.** A hit is one look-up in a dict. With the GIL, threads take turns at compiled
+code, which needs no lock at all. In this module, a lock protects the counters and the order of the
+entries for the length of a few statements. A signal handler may strike in between and use the cache
+itself. Each step that decides which record is served is a single one: putting an entry into the
+dict, dropping it, and filling it.
 
 An exception may strike a thread anywhere. An entry that stays empty is harmless: the next read of
 the name fills it. A write that never ends is one by the end of its SharedWrite.

@@ -35,6 +35,7 @@ def test_threads_read_what_is_right(core: str) -> None:
     found = json.loads(done.stdout)
     assert found["problems"] == []
     assert found["counted"] == found["fetched"] > 0
+    assert found["late_hits"] == 0
     needs_gil = core == "pure" or not sysconfig.get_config_var("Py_GIL_DISABLED")
     assert (found["backend"], found["gil"], found["hiredis"]) == (core, needs_gil, needs_gil)
     assert found["steps"] > 100
