@@ -7,7 +7,7 @@ import builtins
 import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, TypeVar, cast, overload
 from weakref import WeakSet
 
 from . import _backend
@@ -71,6 +71,9 @@ class _Operations(Protocol):
     ) -> asyncio.Future[int]: ...
     def read(self, name: str, waiter: Any) -> None: ...
     def read_bulk(self, kind: int, names: Iterable[str], waiter: Any) -> None: ...
+
+
+_COROUTINES: Final = {"update": "AsyncCache.update", "patch": "AsyncCache.patch"}
 
 
 class AsyncCache(CacheBase[Topology], AsyncResource):
@@ -822,9 +825,12 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
             self._warn_of_hot_paths((name,))
         # A near cache may be behind. A write doesn't check all that depends on the data read.
         reader = self._topology.pipeline
-        return self._changes.apply(
+        changing = self._changes.apply(
             self._loop, reader, writer, operation, name, change, default, ttl, if_changed, type
         )
+        # Which Python names if the caller forgets to await it.
+        changing.__qualname__ = _COROUTINES[operation]  # type: ignore[attr-defined] # not in typing
+        return changing
 
     def _open(self) -> _Operations:
         if self._closed:

@@ -118,6 +118,7 @@ class Changes:
                     known.append(data)
                     if (
                         data.__class__ in core.PLAIN
+                        and data is not None
                         and version < core.MAX_VERSION
                         and loop.time() < deadline
                     ):

@@ -123,7 +123,13 @@ def _edited(file: Path) -> bytes:
 
 
 def _run_editor(file: Path) -> None:
-    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    if not editor:
+        editor = "vi"
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise typer.BadParameter(
+                "vi needs a terminal; set another editor", param_hint="VISUAL or EDITOR"
+            )
     try:
         process = subprocess.Popen([*shlex.split(editor), str(file)])
     except (OSError, ValueError) as error:

@@ -58,7 +58,7 @@ def parse(url: str, place: Location) -> ParsedUrl:
         braces = "; the value of a variable is written as in ${REDIS_URL}" if is_variable else ""
         if url.startswith("${"):
             braces = "; ${...} is replaced by a variable's value in files alone"
-        raise place.error(f"must begin with {SCHEMES}, or be host:port{braces}")
+        raise place.error(f"must begin with {SCHEMES}, or be like 127.0.0.1:6379{braces}")
     if scheme.lower() not in ("redis", "rediss", "unix"):
         named = f", not {scheme}://" if scheme.isalnum() and len(scheme) <= 20 else ""
         raise place.error(f"must begin with {SCHEMES}{named}")

@@ -6,13 +6,21 @@ of asyncio and of threads execute the steps, and keep the updates of one name in
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
 from .. import _backend
-from ..errors import DeadlineExceeded, RecordError, RecordMissing, UsageError, shorten
+from ..errors import (
+    DeadlineExceeded,
+    RecordDamaged,
+    RecordError,
+    RecordMissing,
+    UsageError,
+    shorten,
+)
 from . import constants as c
 from . import failures
 from .markers import DELETE, KEEP, OMITTED, Omitted, Ttl
@@ -21,6 +29,9 @@ from .typed import warn_of_removal
 if TYPE_CHECKING:
     from .record import Record
 
+
+_logger = logging.getLogger("dscache")
+_told_of_null: list[str] = []
 
 # The longest pause after the first conflict, and after many, in seconds. Between two attempts of a
 # writer the others finish about one write each, which takes a fraction of a millisecond.
@@ -134,6 +145,8 @@ def change_steps(
         data = yield CHANGE, (data,)
         if data is KEEP or (data is DELETE and record is None):
             return record  # type: ignore[no-any-return] # of the driver
+        if data is None and operation == "update":
+            _check_null(name, record, type)
         if timing.clock() >= timing.deadline:
             if conflicts:
                 raise always_late(operation, name, conflicts, timing.timeout)
@@ -168,6 +181,23 @@ def change_steps(
         yield PAUSE, (pause,)
 
 
+def _check_null(name: str, record: Record | None, type: Any) -> None:
+    """Raise RecordError if ``null`` doesn't fit the type; warn once if it replaces other data."""
+    if type is not None:
+        null = _backend.core.Record(name, 0, b"null", False, type)
+        try:
+            null.decode(type)
+        except RecordDamaged:
+            raise null_of_type(name) from None
+    elif record is not None and record.raw != b"null" and not _told_of_null:
+        _told_of_null.append(name)
+        _logger.warning(
+            "update: record %s: the function returned None, so null replaces the data; end the "
+            "function with return and the new data (logged once)",
+            shorten(name),
+        )
+
+
 def _is_same(name: str, record: Record, text: bytes) -> bool:
     return text == record.raw or text == _backend.core.encode_data(name, record.data)
 
@@ -179,6 +209,15 @@ def missing(operation: str, name: str) -> RecordMissing:
     """Return the error of an update of a record that doesn't exist and has no default."""
     return RecordMissing(
         f"{operation} {shorten(name)}: there is no such record; give a default to create it",
+        name=name,
+    )
+
+
+def null_of_type(name: str) -> RecordError:
+    """Return the error of a typed update whose change returned None, which doesn't fit the type."""
+    return RecordError(
+        f"update {shorten(name)}: the function returned None, which doesn't fit the type; end it "
+        "with return and the new data, or with return dscache.DELETE to remove the record",
         name=name,
     )
 

@@ -485,7 +485,10 @@ def _shown(error: Exception) -> str:
         frame = frame.tb_next
     # Python refuses the arguments of a call in the frame of the caller.
     caller = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__"))
-    return f"{shown}: {str(error)[:200]}" if caller.startswith("dscache.") else shown
+    if not caller.startswith("dscache."):
+        return shown
+    wanted = "a load takes one argument, the name, and load_many a list of names"
+    return f"{shown}: {str(error)[:200]}; {wanted}"
 
 
 def _failed_before(name: str, note: Any) -> LoadError:

@@ -18,6 +18,7 @@ import redis as redis_py
 import dscache
 from dscache.aio import changes as changes_of_tasks
 from dscache.blocking import changes as changes_of_threads
+from dscache.core import changes
 from dscache.core.changes import Timing
 from dscache.core.holder import Holder
 from dscache.embedded import EmbeddedServer
@@ -330,6 +331,31 @@ async def test_queues_that_struck_updates_have_left_behind_are_removed(
 
 
 @ON_ONE_SERVER
+async def test_a_forgotten_return_is_told_once(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(changes, "_told_of_null", [])
+    cache = await make_cache()
+    await cache.set("a", 1, {"n": 1})
+    for version in (2, 3):
+        assert tuple(await cache.update("a", lambda data: None)) == (version, None)
+    await cache.set("a", 4, [1])
+    await cache.update("a", lambda data: data.append(2))
+    said = [one.getMessage() for one in caplog.records if one.name == "dscache"]
+    assert said == [
+        "update: record 'a': the function returned None, so null replaces the data; end the "
+        "function with return and the new data (logged once)"
+    ]
+
+
+@pytest.mark.parametrize(("operation", "change"), [("update", dict), ("patch", {})])
+async def test_python_names_a_change_that_nobody_awaits(operation: str, change: Any) -> None:
+    async with dscache.AsyncCache.from_config({"name": "memory"}) as cache:
+        changing = getattr(cache, operation)("a", change)
+        with pytest.warns(RuntimeWarning, match=rf"'AsyncCache.{operation}' was never awaited"):
+            del changing
+
+
 async def test_errors_at_the_call(make_cache: MakeCache) -> None:
     cache = await make_cache()
     with pytest.raises(dscache.RecordError):

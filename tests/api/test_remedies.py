@@ -262,7 +262,7 @@ async def test_a_refusal_of_the_server_has_a_remedy(kind: str, backend: str, ref
 @KINDS
 async def test_a_load_that_takes_no_name(kind: str, source: dict[str, Any]) -> None:
     """Python's own text is shown. That of another exception may contain a secret."""
-    said = r"its load raised TypeError: .*takes 0 positional arguments but 1 was given$"
+    said = r"TypeError: .*takes 0 positional arguments but 1 was given; a load takes one argument"
 
     def load(_: Any) -> Any:
         raise TypeError(f"bad argument: {SECRET}")

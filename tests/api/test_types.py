@@ -14,7 +14,7 @@ import pytest
 import redis as redis_py
 
 import dscache
-from dscache import BulkError, RecordDamaged
+from dscache import BulkError, RecordDamaged, RecordError
 from dscache.embedded import EmbeddedServer
 from tests.conftest import SERVERS, _server_id
 from tests.support.either import Either
@@ -163,6 +163,13 @@ async def test_update(cache: Either) -> None:
     assert (record.version, record.data) == (2, User("Ada", 2))
     kept = await cache.do("update", "n", lambda user: dscache.KEEP, type=User)
     assert (kept.version, kept.data) == (2, User("Ada", 2))
+    with pytest.raises(
+        RecordError, match=r"^update 'n': the function returned None, which doesn't"
+    ):
+        await cache.do("update", "n", lambda user: None, type=User)
+    assert await cache.do("head", "n") == 2
+    empty = await cache.do("update", "n", lambda user: None, type=User | None)
+    assert (empty.version, empty.data) == (3, None)
     await cache.do("set", "x", 7, {"name": 5})
     with pytest.raises(RecordDamaged, match=MISFIT):
         await cache.do("update", "x", grow, type=User)

@@ -157,6 +157,16 @@ def test_an_editor_that_does_not_exist(
     assert "'/no/such/editor' can't be run: No such file or directory; set it to an ed" in done.err
 
 
+def test_the_default_editor_needs_a_terminal(
+    cache: Cache, edited_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VISUAL", raising=False)
+    monkeypatch.delenv("EDITOR", raising=False)
+    done = invoke("edit", "user/1", "--url", edited_server.url)
+    assert done.status == 2
+    assert "vi needs a terminal; set another editor" in done.err
+
+
 def test_an_editor_that_removes_the_file(
     cache: Cache, edited_server: EmbeddedServer, editor: Callable[[str], None], tmp_path: Path
 ) -> None:

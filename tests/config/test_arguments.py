@@ -68,9 +68,9 @@ def test_a_server_by_keyword_alone(kind: Any) -> None:
     for make in (kind, kind.from_config):
         assert make(host="127.0.0.1", db=3).config == load({"host": "127.0.0.1", "db": 3})
         assert make(nodes=[{"host": "n"}]).config.address == "n:6379"
-        with pytest.raises(ConfigError, match=r"no section cache.*; write cache: {name: redis"):
+        with pytest.raises(ConfigError, match=r"is empty; name a server .* cache: {name: redis"):
             make()
-        with pytest.raises(ConfigError, match="no section cache"):
+        with pytest.raises(ConfigError, match="mapping: is empty; name a server"):
             make(ttl=5)
 
 

@@ -295,7 +295,10 @@ def test_address(source: str, address: str) -> None:
     ("source", "message"),
     [
         (5, "the configuration must be a path, a mapping or a URL, not int"),
-        ({}, f"mapping: no section cache, the sections are: none; write {EXAMPLE}"),
+        (
+            {},
+            f"mapping: is empty; name a server by its URL, by host=..., or in a file by {EXAMPLE}",
+        ),
         (
             {"rpc": {}, "Cache": {}},
             'mapping: no section cache, the sections are: rpc, Cache; did you mean "Cache"?; '
@@ -1642,8 +1645,8 @@ def test_bad_url(url: str, message: str) -> None:
 
 def test_a_variable_outside_of_a_file() -> None:
     assert refusal(load, {"url": "${REDIS_URL}"}) == (
-        "mapping: url: must begin with redis://, rediss:// or unix://, or be host:port; ${...} is "
-        "replaced by a variable's value in files alone"
+        "mapping: url: must begin with redis://, rediss:// or unix://, or be like 127.0.0.1:6379; "
+        "${...} is replaced by a variable's value in files alone"
     )
 
 
@@ -1680,7 +1683,8 @@ def test_url_option() -> None:
     assert options(url="redis://h", tls=True).tls == Tls()
     assert refusal(options, url=[SECRET]) == "mapping: options.url: must be text, not a list"
     assert refusal(options, url=SECRET) == (
-        "mapping: options.url: must begin with redis://, rediss:// or unix://, or be host:port"
+        "mapping: options.url: must begin with redis://, rediss:// or unix://, or be like "
+        "127.0.0.1:6379"
     )
 
 

@@ -100,7 +100,11 @@ def options(**written: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ({}, "mapping: no section clusterNode, the sections are: none; write clusterNode: {"),
+        (
+            {},
+            "mapping: is empty; name a server by its URL, by host=..., or in a file by "
+            "clusterNode: {",
+        ),
         ({"cache": ENTRY}, "no section clusterNode, the sections are: cache; write"),
         ({"clusternode": ENTRY}, 'did you mean "clusternode"?'),
         ({"clusterNode": None}, "mapping: clusterNode: must be a mapping; write"),
