@@ -348,7 +348,7 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
 
         ``change`` gets a copy of the decoded data. It returns the new data, ``dscache.KEEP`` to
         leave the record as it is, or ``dscache.DELETE`` to remove it. None is data too: the record
-        becomes null. It may be a coroutine function.
+        becomes null, and a warning is logged once. It may be a coroutine function.
 
         The new data is written with the next version, and only if no other writer was first.
         Otherwise the record is read again and ``change`` is called again, until ``commandTimeout``
@@ -359,7 +359,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         without a ``ttl`` it ends.
 
         With a ``type``, ``change`` gets data of that type, and so does the result. The update then
-        removes members that the type doesn't name.
+        removes members that the type doesn't name. If ``change`` returns None, and null doesn't
+        fit the type, the update fails with RecordError, and nothing is written.
 
         Updates of one record by one cache run one after the other.
 

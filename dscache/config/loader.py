@@ -176,6 +176,11 @@ def _find_cache(tree: Tree) -> tuple[str, object]:
         return "plugins.cache", plugins["cache"]
     if sections.keys() & ENTRY_KEYS:
         return "", tree.root
+    if not sections:
+        # Without a source, as of ``Cache()``, or with an empty mapping in its place.
+        raise tree.place.error(
+            f"names no server; pass a URL, the path of a file, host=..., or {_EXAMPLE}"
+        )
     # A bare word may be a secret whose name and colon are missing.
     shown = {
         name: node

@@ -111,11 +111,7 @@ def missing_section(
     """
     best = nearest(name, map(str, sections))
     suggestion = f'; did you mean "{best}"?' if best else ""
-    if not shown:
-        raise tree.place.error(
-            f"is empty; name a server by its URL, by host=..., or in a file by {example}"
-        )
-    present = ", ".join(redact_key(str(key)) for key in shown)
+    present = ", ".join(redact_key(str(key)) for key in shown) or "none"
     if "services" in sections:
         suggestion = (
             "; this is a file of docker-compose, so give the configuration that its container of "

@@ -146,7 +146,7 @@ def change_steps(
         if data is KEEP or (data is DELETE and record is None):
             return record  # type: ignore[no-any-return] # of the driver
         if data is None and operation == "update":
-            _check_null(name, record, type)
+            _check_null(name, default if record is None else record.raw, type)
         if timing.clock() >= timing.deadline:
             if conflicts:
                 raise always_late(operation, name, conflicts, timing.timeout)
@@ -181,7 +181,7 @@ def change_steps(
         yield PAUSE, (pause,)
 
 
-def _check_null(name: str, record: Record | None, type: Any) -> None:
+def _check_null(name: str, before: bytes | Omitted, type: Any) -> None:
     """Raise RecordError if ``null`` doesn't fit the type; warn once if it replaces other data."""
     if type is not None:
         null = _backend.core.Record(name, 0, b"null", False, type)
@@ -189,7 +189,7 @@ def _check_null(name: str, record: Record | None, type: Any) -> None:
             null.decode(type)
         except RecordDamaged:
             raise null_of_type(name) from None
-    elif record is not None and record.raw != b"null" and not _told_of_null:
+    elif before != b"null" and not _told_of_null:
         _told_of_null.append(name)
         _logger.warning(
             "update: record %s: the function returned None, so null replaces the data; end the "

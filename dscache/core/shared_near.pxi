@@ -440,8 +440,7 @@ cdef class SharedNearCache(_NearStore):
 
         A hit writes to nothing that threads share but its entry. So it borrows the dict and the
         epoch: counting references to them is a write too. Two threads that each read 50 names of
-        their own by ``get_bulk`` have 1.58 of the hits of one, and had 0.83 of them with the lock;
-        with ``get`` and ``data`` 1.31, and 0.85 with the lock.
+        their own by ``get_bulk`` have 1.58 of the hits of one, and had 0.83 of them with the lock.
 
         Nothing but the ``known`` of the epoch can make an entry servable again. So ``known`` is
         read before all that may have ended the entry: a drop that came before that ``known`` is

@@ -26,6 +26,7 @@ from tests.conftest import BY_AGE, PATIENT, SERVERS, MakeCache, MakeServer, _ser
 from tests.soak.cluster_rows import CURIOUS
 from tests.support.blocking import PATIENCE, ThreadedCache, run_child
 from tests.support.clusters import ClusterGroup
+from tests.support.either import Either
 from tests.support.faults import FakeServer
 from tests.support.sentinels import SentinelGroup
 from tests.support.waiting import until
@@ -331,16 +332,37 @@ async def test_queues_that_struck_updates_have_left_behind_are_removed(
 
 
 @ON_ONE_SERVER
+async def forget(data: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "default"),
+    [
+        ("AsyncCache", lambda data: None, None),
+        ("AsyncCache", forget, None),
+        ("AsyncCache", lambda data: data.append(2), [1]),
+        ("Cache", lambda data: None, None),
+        ("Cache", lambda data: data.append(2), [1]),
+    ],
+)
 async def test_a_forgotten_return_is_told_once(
-    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: str,
+    change: Any,
+    default: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(changes, "_told_of_null", [])
-    cache = await make_cache()
-    await cache.set("a", 1, {"n": 1})
-    for version in (2, 3):
-        assert tuple(await cache.update("a", lambda data: None)) == (version, None)
-    await cache.set("a", 4, [1])
-    await cache.update("a", lambda data: data.append(2))
+    async with Either(kind, name="memory") as either:
+        if default is None:
+            await either.do("set", "a", 1, {"n": 1})
+            assert tuple(await either.do("update", "a", change)) == (2, None)
+        else:
+            assert tuple(await either.do("update", "a", change, default=default)) == (1, None)
+        await either.do("update", "a", lambda data: None)
+        await either.do("set", "a", 9, [1])
+        await either.do("update", "a", lambda data: None)
     said = [one.getMessage() for one in caplog.records if one.name == "dscache"]
     assert said == [
         "update: record 'a': the function returned None, so null replaces the data; end the "

@@ -68,9 +68,9 @@ def test_a_server_by_keyword_alone(kind: Any) -> None:
     for make in (kind, kind.from_config):
         assert make(host="127.0.0.1", db=3).config == load({"host": "127.0.0.1", "db": 3})
         assert make(nodes=[{"host": "n"}]).config.address == "n:6379"
-        with pytest.raises(ConfigError, match=r"is empty; name a server .* cache: {name: redis"):
+        with pytest.raises(ConfigError, match=r"names no server; .*or cache: {name: redis"):
             make()
-        with pytest.raises(ConfigError, match="mapping: is empty; name a server"):
+        with pytest.raises(ConfigError, match="mapping: names no server; pass a URL"):
             make(ttl=5)
 
 

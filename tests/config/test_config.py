@@ -297,7 +297,7 @@ def test_address(source: str, address: str) -> None:
         (5, "the configuration must be a path, a mapping or a URL, not int"),
         (
             {},
-            f"mapping: is empty; name a server by its URL, by host=..., or in a file by {EXAMPLE}",
+            f"mapping: names no server; pass a URL, the path of a file, host=..., or {EXAMPLE}",
         ),
         (
             {"rpc": {}, "Cache": {}},

@@ -102,8 +102,7 @@ def options(**written: Any) -> dict[str, Any]:
     [
         (
             {},
-            "mapping: is empty; name a server by its URL, by host=..., or in a file by "
-            "clusterNode: {",
+            "mapping: no section clusterNode, the sections are: none; write clusterNode: {",
         ),
         ({"cache": ENTRY}, "no section clusterNode, the sections are: cache; write"),
         ({"clusternode": ENTRY}, 'did you mean "clusternode"?'),

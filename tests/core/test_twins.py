@@ -81,8 +81,8 @@ def shown(value: Any) -> Any:
         return sorted(value)
     if isinstance(value, list):
         # The compiled core without hiredis has a class of its own for a push.
-        kind = "list" if type(value) is list else "push"
-        return [kind, *map(shown, value)]
+        is_push = type(value).__name__ in ("_Push", "PushNotification")
+        return ["push" if is_push else type(value), *map(shown, value)]
     return (type(value), repr(value))
 
 
