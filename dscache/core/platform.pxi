@@ -174,16 +174,11 @@ cdef extern from *:
         return total;
     }
 
-    /* The value of a key, or ``none``, without a lock. */
+    /* The value of a key, or ``none``, without a lock; called only if DSCACHE_LOCK_FREE. */
     static inline PyObject *dscache_value_of(PyObject *dict, PyObject *key, PyObject *none) {
         PyObject *found = NULL;
     #if DSCACHE_LOCK_FREE
         if (PyDict_GetItemRef(dict, key, &found) < 0) {
-            return NULL;
-        }
-    #else
-        found = Py_XNewRef(PyDict_GetItemWithError(dict, key));
-        if (found == NULL && PyErr_Occurred()) {
             return NULL;
         }
     #endif

@@ -557,30 +557,28 @@ def _near_hits_of_own_caches(
 def _near_hits_of_one_cache(
     _board: Board, cache: Any, number: int, barrier: Any, seconds: float
 ) -> int:
-    names = [f"s{number * 50 + i}" for i in range(50)]
-    for name in names:
-        cache.get(name)
-    count = 0
-    barrier.wait()
-    ends = time.perf_counter() + seconds
-    while time.perf_counter() < ends:
+    def read(names: list[str]) -> None:
         for name in names:
             cache.get(name)
-        count += len(names)
-    return count
+
+    return _hits(read, number, barrier, seconds)
 
 
 def _bulk_hits_of_one_cache(
     _board: Board, cache: Any, number: int, barrier: Any, seconds: float
 ) -> int:
+    return _hits(cache.get_bulk, number, barrier, seconds)
+
+
+def _hits(read: Callable[[list[str]], object], number: int, barrier: Any, seconds: float) -> int:
+    """Return how many names of its own a thread reads in that time, after the first read."""
     names = [f"s{number * 50 + i}" for i in range(50)]
-    for name in names:
-        cache.get(name)
+    read(names)
     count = 0
     barrier.wait()
     ends = time.perf_counter() + seconds
     while time.perf_counter() < ends:
-        cache.get_bulk(names)
+        read(names)
         count += len(names)
     return count
 
