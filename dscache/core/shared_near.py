@@ -431,29 +431,36 @@ class SharedNearCache(NearStore):
         return False
 
     def _look(self, name: Any) -> tuple[SharedEntry | None, bool]:
-        """Return the entry of a name if it may be served, and whether it may be outdated."""
-        entry: SharedEntry | None = self._entries.get(name) if type(name) is str else None
-        if entry is not None and not entry.cell:
-            entry = entry.previous
+        """Return the entry of a name if it may be served, and whether it may be outdated.
+
+        Another thread may drop the entry at any moment. Nothing but the ``known`` of the epoch can
+        make an entry servable again. So ``known`` is read before the last look at the dict: a drop
+        that came before that ``known`` is then seen.
+        """
+        found: SharedEntry | None = self._entries.get(name) if type(name) is str else None
+        entry = found if found is None or found.cell else found.previous
         if entry is None:
             return None, False
         epoch = entry.epoch
+        known = epoch.known
         now = time.monotonic()
         if now >= entry.expires:
             self._remove(entry)
-        elif entry.moves == self._moves[entry.slot]:
-            if epoch.state == LIVE:
-                if now - epoch.known <= self._settings.idle_limit:
-                    entry.was_hit = True
-                    with self._lock:
-                        self._counts["hits"] += 1
-                    return entry, False
-            # A miss has no Record that could be marked as stale.
-            elif self._may_be_stale(entry) and not epoch.reach.up:
-                with self._lock:
-                    self._counts["stale"] += 1
-                return entry, True
-        return None, False
+            return None, False
+        if entry.moves != self._moves[entry.slot]:
+            return None, False
+        if epoch.state == LIVE:
+            stale = False
+            is_served = now - known <= self._settings.idle_limit
+        else:  # a miss has no Record that could be marked as stale
+            stale = True
+            is_served = self._may_be_stale(entry) and not epoch.reach.up
+        if not is_served or self._entries.get(name) is not found:
+            return None, False
+        entry.was_hit = True
+        with self._lock:
+            self._counts["stale" if stale else "hits"] += 1
+        return entry, stale
 
     def _record_of(self, entry: SharedEntry, stale: bool) -> Record | None:
         version, raw = entry.cell[None]
