@@ -20,6 +20,7 @@ with CommandImports():
     from ..errors import DscacheError, reason_of
     from . import signals
     from .streams import discard_rest
+    from .words import quotable
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -107,18 +108,18 @@ def _open_standard_files() -> None:
     if sys.stdout is None:
         _fail("standard output is closed; redirect it, for example to /dev/null")
     given = sys.stdout
+    # The strict modes fail at a character that the encoding of the terminal lacks.
+    is_strict = given.errors in ("strict", "surrogateescape")
     if not isinstance(given, io.TextIOWrapper) or given is not sys.__stdout__:
         return  # replaced by the calling program
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(_Output(given.fileno(), "wb", closefd=False)),
         encoding=given.encoding,
-        errors=given.errors,
+        errors="backslashreplace" if is_strict else given.errors,
         line_buffering=given.line_buffering,
         write_through=given.write_through,
     )
 
 
 def _fail(message: str) -> NoReturn:
-    # The message may quote a server, which must not steer the terminal.
-    line = "".join(one if one.isprintable() else " " for one in message)
-    sys.exit(f"dscache: {line}")
+    sys.exit(f"dscache: {quotable(message)}")
