@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from .._start import is_command_line
+
 _received = signal.SIGINT
 
 
@@ -16,7 +18,8 @@ def handled_as_interrupt() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise KeyboardInterrupt during the block.
 
     A signal that the parent process has ignored, as nohup does, stays ignored. So does Ctrl-C in a
-    command that a script runs in the background: shells ignore SIGINT there.
+    command that a script runs in the background: shells ignore SIGINT there. After the block, a
+    signal ends the process at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -41,6 +44,9 @@ def handled_as_interrupt() -> Iterator[None]:
         if is_ignored:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        elif is_command_line() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            # Python would print a traceback of another Ctrl-C while it ends.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager

@@ -360,6 +360,24 @@ def test_an_interrupt_within_an_import_gives_the_status_too(work: str) -> None:
     assert (done.returncode, done.stderr) == (143, b"")
 
 
+def test_ctrl_c_while_the_process_ends() -> None:
+    program = (
+        "import atexit, os, signal, sys\n"
+        "sys.argv = ['dscache', '--version']\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "from dscache import cli\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
 STRIKE = """
 import os, signal, sys
 
