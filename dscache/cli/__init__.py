@@ -88,11 +88,20 @@ class OutputError(Exception):
 
 
 class _Output(io.FileIO):
-    """Standard output that raises OutputError when it can't be written."""
+    """Standard output that raises OutputError when it can't be written.
+
+    A signal interrupts a write, so that a command ends before its reader has read everything.
+    """
 
     def write(self, data: ReadableBuffer, /) -> int:
         try:
-            return super().write(data)
+            if self.isatty():  # which doesn't keep a command waiting, and may show a whole screen
+                return super().write(data)
+            with signals.raised_at_once():
+                return super().write(data)
+        except KeyboardInterrupt:
+            discard_rest(self)
+            raise
         except OSError as error:
             discard_rest(self)
             raise OutputError(f"standard output can't be written: {reason_of(error)}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,36 @@ def left_to_editor() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def raised_at_once() -> Iterator[None]:
+    """Let a signal interrupt what the block waits for, such as the reader of a full pipe.
+
+    Otherwise asyncio would cancel the task, which comes to know of it at its next await. Raises
+    KeyboardInterrupt.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if _is_cancelled():
+            raise KeyboardInterrupt
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_cancelled() -> bool:
+    """Return whether the running task, if there is one, is to end."""
+    asyncio = sys.modules.get("asyncio")  # the version is shown without it
+    try:
+        task = asyncio and asyncio.current_task()
+    except RuntimeError:
+        return False
+    return bool(task and task.cancelling())
 
 
 def received() -> signal.Signals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -207,6 +209,37 @@ def test_a_command_that_waits_for_input(
         out, err = process.communicate(timeout=PATIENCE)
     expected = "dscache: interrupted\n" if name == "import" else ""
     assert (process.returncode, out, err) == (STATUS[number], "", expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), alternately(("get", "export -", "ls"), *STATUS, signal.SIGTERM)
+)
+def test_a_command_whose_reader_pauses(
+    name: str,
+    number: signal.Signals,
+    holder: EmbeddedServer,
+    client: redis_py.Redis,
+    tmp_path: Path,
+) -> None:
+    """It ends before anything more is read."""
+    client.mset({f"long/{n:0300}_{half}": 1 for n in range(500) for half in "vd"})
+    client.mset({"long_v": 1, "long_d": '"%s"' % ("a" * 200_000)})
+    words = ("get", "long") if name == "get" else AT_WORK[name][0]
+    with started(tmp_path, number, *words, "--url", holder.url) as process:
+        assert process.stdout is not None
+        pipe = process.stdout.fileno()
+        size = fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
+        held = bytearray(4)
+
+        def is_full() -> bool:
+            fcntl.ioctl(pipe, termios.FIONREAD, held)
+            return int.from_bytes(held, sys.byteorder) > size - 4096
+
+        wait_for(is_full, process)
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == STATUS[number]
+        assert process.stderr is not None
+        assert process.stderr.read() == EXPECTED.get(name, "")
 
 
 def test_a_program_whose_metrics_stall(tmp_path: Path) -> None:
