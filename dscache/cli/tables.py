@@ -61,23 +61,23 @@ class Results:
         """Print the reply of a bulk read; return the number of names without a whole record.
 
         ``describe`` returns the line and the cells of an answer. Damaged records are printed on
-        standard error, and so are missing ones with JSON.
+        standard error, and so are missing ones with JSON. Raises any other error of a record, after
+        the answers for the others.
         """
         damaged: dict[str, Exception] = {}
+        failed: dict[str, Exception] = {}
         try:
             found = await reply
         except BulkError as error:
-            damaged.update(error.errors)
-            for reason in damaged.values():
-                if not isinstance(reason, RecordError):
-                    raise reason from None
+            for name, reason in error.errors.items():
+                (damaged if isinstance(reason, RecordError) else failed)[name] = reason
             found = error.result
         for name, answer in found.items():
             try:
                 self.add(name, *describe(name, answer))
             except RecordError as error:
                 damaged[name] = error
-        answered = found.keys() | damaged.keys()
+        answered = found.keys() | damaged.keys() | failed.keys()
         missing = [one for one in dict.fromkeys(names) if one not in answered]
         if not self._as_json:
             for name in missing:
@@ -89,6 +89,8 @@ class Results:
             some = ", ".join(map(shorten, missing[:_MISSING_SHOWN]))
             rest = len(missing) - _MISSING_SHOWN
             complain(f"no record {some}{f' and {rest} more' if rest > 0 else ''}")
+        for reason in failed.values():
+            raise reason
         return len(missing) + len(damaged)
 
     def show(self) -> None:

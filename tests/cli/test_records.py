@@ -219,6 +219,20 @@ def test_a_wrong_name_removes_nothing(word: str, url: Url) -> None:
     assert invoke("head", "a", *url).status == 0
 
 
+def test_a_failure_leaves_the_results_of_others(
+    records_server: EmbeddedServer, url: Url, client: redis_py.Redis
+) -> None:
+    client.acl_setuser("some", enabled=True, nopass=True, keys=["a*"], commands=["+@all"])
+    own = records_server.url.replace("//", "//some:any@")
+    lines = [b'{"name":"%b","version":1,"data":1}\n' % name for name in (b"a", b"b", b"ab")]
+    for command in ("set", "get", "head", "delete"):
+        stdin = b"".join(lines) if command == "set" else b"a\nb\nab\n"
+        done = invoke(command, "--url", own, stdin=stdin)
+        assert (done.status, {line["name"] for line in done.lines}) == (1, {"a", "ab"})
+        assert done.err.startswith("dscache: NOPERM ")
+        assert done.err.count("\n") == 1
+
+
 def test_a_name_that_is_not_utf8_is_not_written(url: Url, client: redis_py.Redis) -> None:
     line = b'{"name":"%b","version":1,"data":1}\n'
     done = invoke("set", *url, stdin=line % "a\ufffd".encode() + line % b"a\xff")
