@@ -23,6 +23,7 @@ from . import signals
 from .options import Chosen, flag, with_all_options
 from .output import complain
 from .settings import run
+from .words import quotable
 
 if TYPE_CHECKING:
     from ..core.pure import Record
@@ -117,7 +118,9 @@ def _edited(file: Path) -> bytes:
             problem = f"the text isn't JSON: {error.__cause__ or error}"
         else:
             return text
-        if not (sys.stdin.isatty() and typer.confirm(f"{problem}. Edit it again?", err=True)):
+        if not (
+            sys.stdin.isatty() and typer.confirm(quotable(f"{problem}. Edit it again?"), err=True)
+        ):
             complain(f"{problem}; nothing was written")
             raise typer.Exit(1)
 

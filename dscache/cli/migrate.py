@@ -20,6 +20,7 @@ from .options import Chosen, PrefixOption, flag, with_options
 from .output import complain_of_all, number, print_json
 from .progress_bar import progress
 from .settings import shown, with_layout
+from .words import quotable
 
 
 class _To(StrEnum):
@@ -93,8 +94,8 @@ def migrate(
         prefixed = f" beginning with {shorten(prefix)}" if prefix else ""
         destination = f"the {to.value} layout" if to else "two keys each"
         typer.confirm(
-            f"Move all records{prefixed} at {shown(config)} to {destination}, and remove "
-            "their old keys?",
+            f"Move all records{prefixed} at {quotable(shown(config))} to {destination}, and "
+            "remove their old keys?",
             abort=True,
             err=True,
         )

@@ -22,6 +22,7 @@ from ..config.document import SUFFIXES
 from ..config.messages import MessageConfig, load_beside
 from ..config.sources import is_url
 from ..config.validation import Location
+from .words import quotable
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ def load(file: Path | None, url: str | None) -> Config:
         loaded = _load_url(DEFAULT_ADDRESS, "default")
         others = ("--url", "--config", OWN_VARIABLE, COMMON_VARIABLE, *DEFAULT_FILES)
         reason = f"without {', '.join(others[:-1])} or {others[-1]}"
-    print(f"dscache: using {shown(loaded)}, {reason}", file=sys.stderr)
+    print(f"dscache: using {quotable(shown(loaded))}, {reason}", file=sys.stderr)
     return loaded
 
 
@@ -132,6 +133,13 @@ def read_input(argument: str) -> ndjson.Lines:
     return ndjson.Lines(ndjson.pieces_of(sys.stdin.fileno()), "standard input")
 
 
+class _QuotableFormatter(logging.Formatter):
+    """Log messages as one line without what steers a terminal, such as in the name of a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return quotable(super().format(record))
+
+
 @contextmanager
 def _warnings_shown() -> Iterator[None]:
     """Print dscache's log warnings on standard error during the block, and none afterwards."""
@@ -140,7 +148,7 @@ def _warnings_shown() -> Iterator[None]:
     logger.addHandler(logging.NullHandler())
     shown = logging.StreamHandler()
     shown.setLevel(logging.WARNING)
-    shown.setFormatter(logging.Formatter("dscache: warning: %(message)s"))
+    shown.setFormatter(_QuotableFormatter("dscache: warning: %(message)s"))
     logger.addHandler(shown)
     try:
         yield

@@ -222,6 +222,12 @@ def test_warnings_of_the_configuration_are_shown_once(group: ClusterGroup, folde
     assert re.fullmatch(
         r"dscache: warning: config\.yml: cache\.options\.username has no effect .*\n", done.stderr
     )
+    (folder / "config.yml").rename(folder / "\x1b[2J.yml")
+    done = run("cluster", "--config", "\x1b[2J.yml")
+    assert done.returncode == 0
+    assert done.stderr.startswith("dscache: warning:  [2J.yml: cache.options.username has no ")
+    done = run("cluster", DSCACHE_URL="a\x1bb:1")
+    assert (done.returncode, "\x1b" in done.stderr) == (1, False)
 
 
 def open_files() -> int:
