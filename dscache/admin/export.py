@@ -99,8 +99,10 @@ class Target:
             with self._locked() if self._partial.exists() else nullcontext():
                 self._state.unlink(missing_ok=True)
                 self._partial.unlink(missing_ok=True)
-        found = read_state(self._state, ExportState) if self._partial.exists() else None
-        return found or ExportState(of)
+        if not self._partial.exists():
+            # Left without its file, it would be taken for the state of the new one.
+            self._state.unlink(missing_ok=True)
+        return read_state(self._state, ExportState) or ExportState(of)
 
     @contextmanager
     def open(self, state: ExportState) -> Iterator[Sink]:

@@ -314,6 +314,18 @@ def test_a_target_that_is_no_file(
     assert target.is_fifo() or target.is_dir()
 
 
+def test_a_state_without_its_file_is_discarded(
+    url: Url, client: redis_py.Redis, tmp_path: Path
+) -> None:
+    """Otherwise the next export would resume by it, if this one is killed before it saves."""
+    target = export.Target(tmp_path / "all.ndjson")
+    target.save(export.ExportState({}, cursor="far", size=1))
+    assert target.state({}, restart=False) == export.ExportState({})
+    with target.open(export.ExportState({})) as sink:
+        sink.write(b"lines")
+    assert target.state({}, restart=False) == export.ExportState({})
+
+
 @pytest.mark.parametrize("options", [(), ("--restart",)])
 def test_two_exports_into_one_file(
     options: tuple[str, ...], url: Url, client: redis_py.Redis, tmp_path: Path
