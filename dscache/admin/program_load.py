@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import math
 import re
 import threading
 import time
@@ -183,10 +184,10 @@ def _values(text: str) -> dict[tuple[str, Labels], float]:
                 (name, clean(re.sub(r"\\.", lambda one: _ESCAPED.get(one[0], one[0]), value)))
                 for name, value in _LABEL.findall(match[2] or "")
             )
-            try:
-                found[match[1], labels] = float(match[3])
-            except ValueError:
-                continue
+            with suppress(ValueError):
+                value = float(match[3])
+                if math.isfinite(value):
+                    found[match[1], labels] = value
     return found
 
 

@@ -354,6 +354,15 @@ class _Refusing(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b"python_info 1\n# dscache_ready 1\n")
+        elif self.path == "/odd":
+            self.send_response(200)
+            self.end_headers()
+            for name, value in (
+                ("ready", "1"),
+                ("connections", "NaN"),
+                ("operations_total", "Inf"),
+            ):
+                self.wfile.write(f'dscache_{name}{{cache="a"}} {value}\n'.encode())
         else:
             self.send_error(404, "Not \x1b[2J here")
 
@@ -387,6 +396,12 @@ def test_an_endpoint_without_metrics(endpoint: str) -> None:
     )
     assert f"{endpoint}/away answers 404" in failure(f"{endpoint}/away?token=secret")
     assert "secret" not in failure(f"{endpoint}/away?token=secret")
+
+
+def test_a_value_that_is_no_number_counts_as_missing(endpoint: str) -> None:
+    done = invoke("top", "--metrics", f"{endpoint}/odd", "--once", "--json", *QUICK)
+    (cache,) = done.document["caches"]
+    assert (done.status, cache["connections"], cache["calls"]) == (0, 0, None)
 
 
 @pytest.mark.parametrize(
