@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,6 +28,10 @@ from .scan import Found, lifetimes, seconds
 # The beginnings of a record's text as JSON.stringify writes it, in either order of its members.
 _HEADS: Final = (b'{"_v":', b'{"_d":')
 _HEAD_SIZE: Final = 24
+_AS_WRITTEN: Final = (
+    re.compile(rb'\{"_v":[0-9]+,"_d":(.*)\}', re.DOTALL),
+    re.compile(rb'\{"_d":(.*),"_v":[0-9]+\}', re.DOTALL),
+)
 _DECIMAL: Final = re.compile(rb"[0-9]+")
 _MAX_VERSION: Final = 2**63 - 1
 _MOVING: Final = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "WRONGTYPE")
@@ -60,12 +65,25 @@ def parse(value: bytes) -> tuple[int, bytes] | None:
             return None
         if not isinstance(tolerated, dict) or tolerated.keys() != {"_v", "_d"}:
             return None
-        version, raw = tolerated["_v"], tolerant_json.encode(tolerated["_d"])
+        try:
+            version, raw = tolerated["_v"], _data_in(value) or tolerant_json.encode(tolerated["_d"])
+        except ValueError:  # nested too deeply to be encoded again
+            return None
     if isinstance(version, float) and version.is_integer():
         version = int(version)
     if isinstance(version, bool) or not isinstance(version, int):
         return None
     return (version, raw) if 0 <= version <= _MAX_VERSION else None
+
+
+def _data_in(value: bytes) -> bytes | None:
+    """Return the JSON text of the data, as it is in a value that JSON.stringify has written."""
+    for pattern in _AS_WRITTEN:
+        if match := pattern.fullmatch(value):
+            with suppress(ValueError, RecursionError):
+                tolerant_json.decode(match[1])
+                return match[1]
+    return None
 
 
 async def find_keys(primaries: Primaries, keys: Sequence[bytes]) -> list[bytes]:

@@ -108,6 +108,23 @@ def test_data_that_looks_like_a_record(started: EmbeddedServer, client: redis_py
     assert client.mget("y_v", "y_d", "y_d_v", "y_d_d") == [b"3", b'"y"', b"4", b'"y_d"']
 
 
+@pytest.mark.parametrize("form", ['{{"_v":7,"_d":{0}}}', '{{"_d":{0},"_v":7}}'])
+def test_deep_data_stays_as_it_is(
+    form: str, started: EmbeddedServer, client: redis_py.Redis
+) -> None:
+    deep = "[" * 3000 + "1e999" + "]" * 3000
+    client.set("deep", form.format(deep))
+    assert counts(migrate(started), "copied", "removed", "damaged") == (1, 1, 0)
+    assert client.mget("deep_v", "deep_d") == [b"7", deep.encode()]
+
+
+def test_deep_data_in_another_form_stays_in_place(
+    started: EmbeddedServer, client: redis_py.Redis
+) -> None:
+    client.set("deep", '{"_v":7, "_d":' + "[" * 3000 + "]" * 3000 + "}")
+    assert counts(migrate(started, status=1), "removed", "damaged") == (0, 1)
+
+
 @pytest.mark.parametrize(
     "value", ['{"_v":-1,"_d":{}}', '{"_v":"7","_d":{}}', '{"_v":1.5,"_d":{}}', '{"_v":7,"_d":']
 )
