@@ -13,7 +13,6 @@ from typing import Protocol
 import msgspec
 
 from ..cache import AsyncCache
-from ..core import tolerant_json
 from ..errors import BulkError, RecordError
 from . import ndjson
 from .restore import ImportFile
@@ -98,11 +97,7 @@ class ExportedRecords:
             async for some in lines.items(ndjson.decode, _BATCH):
                 for line in some:
                     if line.name.startswith(self._prefix):
-                        yield line.name, line.version, _text_of(line.data)
-
-
-def _text_of(data: object) -> bytes:
-    return bytes(data) if isinstance(data, msgspec.Raw) else tolerant_json.encode(data)
+                        yield line.name, line.version, bytes(line.data)
 
 
 async def compare(left: Records, right: Records) -> AsyncIterator[Difference]:

@@ -88,8 +88,7 @@ def on_one_line(name: str, version: int, raw: bytes) -> bytes:
 def decode(text: bytes) -> Line | None:
     """Return the record of a line, checked as ``set`` checks it; None for an empty line.
 
-    Its data is ``msgspec.Raw``, or a decoded value where msgspec refuses text that records may
-    contain. Raises RecordError.
+    Its data is ``msgspec.Raw``. Raises RecordError.
     """
     text = text.removeprefix(BOM)
     if not text.strip():
@@ -127,6 +126,8 @@ def _decode_tolerantly(text: bytes, refusal: Exception) -> Line:
         with suppress(ValueError):
             tolerant_json.decode(match[1])
             line.data = msgspec.Raw(match[1])
+            return line
+    line.data = msgspec.Raw(_backend.core.encode_data(line.name, line.data))
     return line
 
 

@@ -40,6 +40,18 @@ def test_equal_records(here: EmbeddedServer, there: EmbeddedServer, backend: str
     assert (done.status, done.out, done.err) == (0, "", "dscache: equal\n")
 
 
+def test_a_line_with_data_that_no_cache_encodes(here: EmbeddedServer, tmp_path: Path) -> None:
+    export = tmp_path / "deep.ndjson"
+    deep = "[" * 3000 + "]" * 3000
+    export.write_text(f'{{"name": "deep", "version": 1, "data": {deep}}}\n')
+    for words in (("diff", str(export)), ("import", str(export))):
+        done = invoke(*words, "--url", here.url)
+        assert (done.status, done.out) == (1, "")
+        assert f"dscache: {export}, line 1: record 'deep': data can't be encoded: " in done.err
+    done = invoke("import", str(export), "--keep-going", "--url", here.url)
+    assert (done.status, done.document["broken"]) == (1, 1)
+
+
 def test_damaged_records_are_left_out(here: EmbeddedServer, there: EmbeddedServer) -> None:
     with redis_py.Redis.from_url(there.url) as client, Cache(there.url) as cache:
         client.set("user/1_v", "no version")
