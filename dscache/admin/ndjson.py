@@ -113,7 +113,7 @@ def _decode_tolerantly(text: bytes, refusal: Exception) -> Line:
         raise RecordError(f"it is not JSON: {error}") from error
     try:
         line = msgspec.convert(value, Line)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for a member
         raise RecordError(
             f'it is not a record, which is {{"name":...,"version":...,"data":...}}: '
             f"{_fault(value) or error}"

@@ -190,6 +190,7 @@ def test_if_newer(url: Url) -> None:
         (b'{"name":"\\ud800","version":1,"data":1}', "a name must be valid Unicode"),
         (b'{"name":"b","version":1,"data":1,"ttl":-1}', "record 'b': ttl must be whole seconds"),
         (b'{"name":"b","version":1,"data":1,"tll":1}', "'tll' isn't part of it"),
+        (b'{"name":"b","version":1,"data":1,"\\ud800":1}', "'\\ud800' isn't part of it"),
     ],
 )
 def test_a_broken_line_ends_the_command_with_its_number(line: bytes, error: str, url: Url) -> None:
