@@ -6,6 +6,7 @@ What needs none of them works; what does says which command is missing.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -159,6 +160,113 @@ async def test_the_missing_command_is_named(
             async with opened(kind, url, **options):
                 pass
         assert command in str(refused.value).lower()
+
+
+LONG_NAME = "0e6f3b2c-7c2d-4c5e-9a53-3f2d94a1c0de@records.example.com"
+
+
+async def test_scripts_of_a_user_with_a_long_name(
+    refusing: Refuse, kind: str, backend: str
+) -> None:
+    """Services name their users by ids or by addresses."""
+    url = refusing(BY_AGE[0], "by ACL")
+    with redis_py.Redis.from_url(url) as admin:
+        rights = ("on", f">{PASSWORD}", "~*", "+@all", "-evalsha", "-mget")
+        admin.execute_command("ACL", "SETUSER", LONG_NAME, *rights)
+    async with opened(kind, url, username=LONG_NAME, password=PASSWORD) as cache:
+        assert await cache.set("a", 1, {}, if_newer=True) is True
+    login = url.replace(USER, LONG_NAME.replace("@", "%40"))
+    done = await asyncio.to_thread(invoke, "doctor", "--url", login)
+    found = {one["check"]: one for one in done.document["findings"]}
+    assert "mget, evalsha" in found["rights"]["found"]
+
+
+# What a script asks before it writes, and what it writes with.
+OF_SCRIPTS = ("get", "mget", "strlen", "exists", "time", "pexpiretime", "set", "mset")
+GUARDS: list[dict[str, Any]] = [
+    {"if_newer": True},
+    {"if_newer": True, "ttl": 100},
+    {"if_version": 4},
+    {"if_version": 4, "ttl": dscache.KEEP},
+]
+
+
+@pytest.mark.parametrize("way", ["renamed", "by ACL"])
+@pytest.mark.parametrize("missing", OF_SCRIPTS)
+async def test_a_script_without_a_command_overwrites_no_newer_record(
+    refusing: Refuse, way: str, missing: str, kind: str, backend: str
+) -> None:
+    url = refusing(BY_AGE[0], way, missing)
+    async with opened(kind, url) as cache:
+        with redis_py.Redis.from_url(url, username=None, password=None) as admin:
+            for key, value in (("a_v", "5"), ("a_d", "[5]")):
+                admin.execute_command("GETSET", key, value)
+            for guard in GUARDS:
+                (done,) = await asyncio.gather(
+                    cache.set("a", 3, "old", **guard), return_exceptions=True
+                )
+                assert done is False or re.search(f"'{missing}'|Unknown Redis command", str(done))
+                assert admin.getrange("a_v", 0, -1) == b"5"
+                assert admin.getrange("a_d", 0, -1) == b"[5]"
+
+
+@pytest.mark.parametrize("way", ["renamed", "by ACL"])
+@pytest.mark.parametrize("missing", ["pexpiretime", "time", "exists", "mset"])
+async def test_a_refusal_within_a_script_is_of_its_record_alone(
+    refusing: Refuse, way: str, missing: str, backend: str
+) -> None:
+    """What was done isn't reported as refused."""
+    url = refusing(BY_AGE[0], way, missing)
+    async with opened("async", url) as cache:
+        with redis_py.Redis.from_url(url, username=None, password=None) as admin:
+            for name in ("kept", "there"):
+                for key, value in ((f"{name}_v", "1"), (f"{name}_d", "[1]")):
+                    admin.execute_command("GETSET", key, value)
+        done = await asyncio.gather(
+            cache.set("with ttl", 2, "new", if_newer=True, ttl=100),
+            cache.set("kept", 2, "new", if_version=1, ttl=dscache.KEEP),
+            cache.set("there", 2, "new", if_version=1, ttl=100),
+            cache.set("for good", 2, "new", if_newer=True),
+            return_exceptions=True,
+        )
+        found = await cache.get_bulk(["with ttl", "kept", "there", "for good"])
+        written = [name in found and found[name].version == 2 for name in found]
+    failed = {"time": 2, "pexpiretime": 1}.get(missing, 0)
+    assert [one for one in done if one is True] == [True] * (4 - failed)
+    assert sum(written) == 4 - failed
+
+
+async def test_a_watch_tells_of_a_refused_read(refusing: Refuse, kind: str, backend: str) -> None:
+    url = refusing(BY_AGE[0], "by ACL", "get", "mget")
+    for records in (False, True):
+        async with opened(kind, url) as cache:
+            change = await first_change_of(kind, cache, records=records)
+        assert (change.kind, change.name) == ("damaged", "a")
+        assert f"User {USER} has no permissions to run" in change.reason
+
+
+async def first_change_of(kind: str, cache: Any, *, records: bool) -> Any:
+    if kind == "async":
+        async with cache.watch("a", records=records) as changes:
+            await cache.set("a", 1, {})
+            return await anext(changes)
+
+    def watch() -> Any:
+        with cache.cache.watch("a", records=records) as changes:
+            cache.cache.set("a", 1, {})
+            return next(changes)
+
+    return await asyncio.to_thread(watch)
+
+
+async def test_a_refused_hello_is_named(refusing: Refuse, kind: str, backend: str) -> None:
+    url = refusing(BY_AGE[0], "renamed", "hello")
+    with pytest.raises(dscache.ConnectError, match=r"unknown command 'HELLO'. to HELLO"):
+        async with opened(kind, url, nearCache=True):
+            pass
+    async with opened(kind, url) as cache:
+        with pytest.raises(dscache.ReplyError, match=r"'HELLO' \(watch: without HELLO, .* RESP3"):
+            await first_change_of(kind, cache, records=False)
 
 
 async def names_of(kind: str, cache: Any) -> list[str]:
