@@ -304,11 +304,52 @@ def test_the_doctor_lists_the_missing_rights(
 def test_the_doctor_tells_of_keys_that_are_refused(refusing: Refuse) -> None:
     url = refusing(BY_AGE[0], "by ACL")
     with redis_py.Redis.from_url(url) as admin:
+        admin.mset({"user/1_v": "1", "user/1_d": "1"})
         admin.execute_command("ACL", "SETUSER", USER, "resetkeys", "~other/*")
     found = {one["check"]: one for one in invoke("doctor", "--url", url).document["findings"]}
     assert found["rights"]["verdict"] == "bad"
     assert "the names of records" in found["rights"]["found"]
     assert "pattern of the keys" in found["rights"]["advice"]
+
+
+OF_A_CACHE = (
+    *("-@all", "+hello", "+auth", "+ping", "+select", "+client|setname", "+client|tracking"),
+    *("+command|info", "+mget", "+mset", "+del", "+get", "+type", "+eval", "+evalsha"),
+    *("+script|load", "+set", "+strlen", "+exists", "+time", "+pexpiretime", "+scan", "+info"),
+    "+role",
+)
+
+
+def test_the_doctor_examines_records_with_the_documented_rights(refusing: Refuse) -> None:
+    admin = refusing(BY_AGE[0], "by ACL")
+    with redis_py.Redis.from_url(admin) as redis:
+        redis.mset({f"user/{n}{end}": "1" for n in range(3) for end in ("_v", "_d")})
+        redis.mset({"other": "1"})
+        for keys, verdict in (("~*", "ok"), ("~user/*", "unknown"), ("%R~*", "warning")):
+            redis.execute_command("ACL", "SETUSER", "app", "reset", "on", ">word", keys)
+            redis.execute_command("ACL", "SETUSER", "app", *OF_A_CACHE)
+            url = f"redis://app:word@{admin.rpartition('@')[2]}"
+            done = invoke("doctor", "--url", url)
+            found = {one["check"]: one for one in done.document["findings"]}
+            assert "connection" not in found
+            assert found["key layout"]["verdict"] == found["halves"]["verdict"] == "ok"
+            assert found["large records"]["verdict"] == "ok"
+            assert "GETRANGE is refused" in found["one-key records"]["found"]
+            assert found["rights"]["verdict"] == verdict
+        redis.execute_command("ACL", "SETUSER", "app", "~*", "-mset")
+        found = {one["check"]: one for one in invoke("doctor", "--url", url).document["findings"]}
+        assert found["rights"]["found"] == "no mset"
+        assert redis.dbsize() == 7
+
+
+def test_the_doctor_goes_on_without_scan(refusing: Refuse) -> None:
+    for way in ("renamed", "by ACL"):
+        url = refusing(BY_AGE[0], way, "scan", "time")
+        found = {one["check"]: one for one in invoke("doctor", "--url", url).document["findings"]}
+        assert "no scan, time" in found["rights"]["found"]
+        for check in ("key layout", "halves", "large records"):
+            assert found[check]["verdict"] == "unknown"
+            assert "SCAN is refused" in found[check]["found"]
 
 
 def test_the_doctor_writes_nothing(refusing: Refuse) -> None:
