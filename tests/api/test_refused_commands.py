@@ -21,7 +21,9 @@ from tests.soak.cluster_rows import CURIOUS, a_name_each
 from tests.support.blocking import ThreadedCache
 from tests.support.clusters import ClusterGroup
 from tests.support.commands import invoke
+from tests.support.faults import FakeServer
 from tests.support.waiting import PATIENCE
+from tests.support.wire import resp
 
 # None of these is needed for records.
 DISPENSABLE = ("hello", "client", "info", "config", "script", "evalsha", "ping", "role", "scan")
@@ -135,6 +137,85 @@ async def test_records_of_a_cluster_without_a_command(
     finally:
         for node in group.nodes:
             node.ask("ACL", "DELUSER", USER)
+
+
+class LoggingOut:
+    """A server that ends the login of its connections, and wants another one."""
+
+    def __init__(self) -> None:
+        self.is_out = False
+        self.lasts = True
+        self.logins = 0
+        self.writes: list[bytes] = []
+        answers: dict[str, Any] = dict.fromkeys(("MGET", "MSET", "EVALSHA", "DEL"), self._serve)
+        self.fake = FakeServer({**answers, "HELLO": self._log_in, "CLUSTER": self._tell})
+
+    def _serve(self, command: list[bytes]) -> bytes:
+        if self.is_out:
+            return b"-NOAUTH Authentication required.\r\n"
+        self.writes += [command[0]] if command[0] != b"MGET" else []
+        served = {
+            b"MGET": b"*2\r\n$1\r\n5\r\n$3\r\n[5]\r\n",
+            b"MSET": b"+OK\r\n",
+            b"DEL": b":2\r\n",
+        }
+        return served.get(command[0], b":1\r\n")
+
+    def _log_in(self, command: list[bytes]) -> bytes:
+        self.logins += 1
+        self.is_out = self.is_out and not self.lasts
+        return b"%1\r\n$6\r\nserver\r\n$5\r\nredis\r\n"
+
+    def _tell(self, command: list[bytes]) -> bytes:
+        if command[1] == b"SLOTS":
+            return resp([[0, 16383, [self.fake.host.encode(), self.fake.port]]])
+        return b"-ERR no\r\n"
+
+
+async def test_a_login_that_the_server_has_ended_is_repeated(kind: str, backend: str) -> None:
+    server = LoggingOut()
+    async with server.fake as fake, opened(kind, fake.url, password=PASSWORD) as cache:
+        for operation in (
+            lambda: cache.get("a"),
+            lambda: cache.set("a", 6, [6]),
+            lambda: cache.set("a", 6, [6], if_newer=True),
+            lambda: cache.delete("a"),
+        ):
+            before = server.logins
+            server.is_out = True
+            assert await operation()
+            assert server.logins > before
+        assert server.writes == [b"MSET", b"EVALSHA", b"DEL"]
+
+
+async def test_a_login_that_does_not_help_is_not_repeated_for_ever(kind: str, backend: str) -> None:
+    server = LoggingOut()
+    server.lasts = False
+    async with server.fake as fake, opened(kind, fake.url, password=PASSWORD) as cache:
+        server.is_out = True
+        with pytest.raises(dscache.ReplyError, match=r"NOAUTH .* set password"):
+            await cache.set("a", 6, [6])
+        assert server.writes == []
+
+
+async def test_a_node_that_has_ended_the_login_is_connected_to_again(
+    kind: str, backend: str
+) -> None:
+    server = LoggingOut()
+    async with server.fake as fake:
+        nodes = {"nodes": [{"host": fake.host, "port": fake.port, "password": PASSWORD}]}
+        async with opened(kind, nodes) as cache:
+            assert (await cache.get("a")).version == 5
+            for bulk in (False, True):
+                server.is_out = True
+                names = ["a", "b"] if bulk else ["a"]
+                with pytest.raises(dscache.ReplyError, match="NOAUTH"):
+                    await cache.set_bulk(dict.fromkeys(names, (1, 1)))
+                # Each connection of a Cache meets one refusal.
+                for _ in range(2):
+                    await asyncio.gather(cache.get("a"), return_exceptions=True)
+                assert (await cache.get("a")).version == 5
+                assert not server.is_out
 
 
 @pytest.mark.parametrize("way", ["renamed", "by ACL"])

@@ -65,13 +65,13 @@ async def find_missing_rights(
                 refused.add(name)
     # MSET has no form without an effect, but one within a transaction that is given up.
     (begun,) = await server.execute_many(["MULTI"])
-    reply: Reply = None
+    said: Reply = None
     if not isinstance(begun, ReplyError):
-        reply, _ = await server.execute_many(["MSET", key, ""], ["DISCARD"])
+        said, _ = await server.execute_many(["MSET", key, ""], ["DISCARD"])
     elif begun.code == "NOPERM":
         # A server with users looks at the rights first, and then refuses a key without a value.
-        (reply,) = await server.execute_many(["MSET", key, "", key])
-    if isinstance(reply, ReplyError) and refuses("mset", reply) and "number of" not in str(reply):
+        (said,) = await server.execute_many(["MSET", key, "", key])
+    if isinstance(said, ReplyError) and refuses("mset", said) and "number of" not in str(said):
         missing.append("mset")
     if refused.issubset(_WRITES):
         return [*missing, *([_NO_WRITE] if refused else ())]
