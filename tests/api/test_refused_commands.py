@@ -317,6 +317,24 @@ async def test_a_refusal_within_a_script_is_of_its_record_alone(
     assert sum(written) == 4 - failed
 
 
+async def test_fetch_bulk_gives_what_it_found(refusing: Refuse, kind: str, backend: str) -> None:
+    """A user that may only read gets the records that are there."""
+    url = refusing(BY_AGE[0], "by ACL")
+    async with opened(kind, url) as cache:
+        await cache.set("there", 1, [1])
+        with redis_py.Redis.from_url(url) as admin:
+            admin.execute_command("ACL", "SETUSER", USER, "resetkeys", "%R~*")
+        with pytest.raises(dscache.BulkError) as caught:
+            await cache.fetch_bulk(["there", "a", "b"], dict.fromkeys, ttl=100)
+        assert {name: one.data for name, one in caught.value.result.items()} == {"there": [1]}
+        assert {*caught.value.errors} == {"a", "b"}
+        for error in caught.value.errors.values():
+            assert isinstance(error, dscache.ReplyError)
+            assert "fetch_bulk 'a'" in str(error)
+        with pytest.raises(dscache.ReplyError, match=r"NOPERM .*fetch_bulk 'a'"):
+            await cache.fetch_bulk(["a", "b"], dict.fromkeys, ttl=100)
+
+
 async def test_a_watch_tells_of_a_refused_read(refusing: Refuse, kind: str, backend: str) -> None:
     url = refusing(BY_AGE[0], "by ACL", "get", "mget")
     for records in (False, True):
