@@ -587,6 +587,7 @@ class Connection(LoopBound):
         self._heartbeat.watch(link)
         self._end_first_attempt(None)
         _logger.info("connected to %s (%s)", self.address, self.server or "server unknown")
+        self._maintenance.on_connected()
         self._flush()
         if self._cluster is not None:
             self._cluster.on_connected(self)

@@ -37,7 +37,6 @@ from ..errors import ConfigError, ProtocolError, ReplyError
 from ..net.backoff import full_jitter
 from ..net.cluster_state import ClusterState
 from ..net.maintenance import (
-    LEAST,
     MOVE_PAUSE,
     MOVE_PAUSE_CAP,
     MOVING,
@@ -232,7 +231,7 @@ class Mover:
 
     def _move(self, pool: Pool, notice: Notice) -> None:
         """Connect to the new address in time, and have all others do so."""
-        until = time.monotonic() + max(notice.seconds, LEAST)
+        until = time.monotonic() + notice.patience
         if notice.endpoint is None:
             # The name leads to the new server only after a while.
             self._stopping.wait(notice.seconds / 2)

@@ -265,11 +265,13 @@ class NearLink:
         """Connect; return whether the server reports its changes from now on."""
         options = self._options
         deadline = time.monotonic() + options.connect_timeout / 1000
+        new_address = self._connector.new_address
+        latest = new_address.latest
         try:
             connection.open(self._connector, deadline)
             self._on_connected(connection)
         except _FAILURES as error:
-            self._connector.new_address.clear()
+            new_address.clear(latest)
             failure = as_connect_error(error, options.connect_timeout)
             address = connection.pipeline.address
             refusal = permanent_failure(error, failure, address)

@@ -270,6 +270,42 @@ def test_connections_beyond_the_move_fall_back(stage: Stage) -> None:
         assert before.connections == 1
 
 
+def test_a_failure_of_the_usual_address_keeps_the_new_one(stage: Stage) -> None:
+    """An attempt to connect that began before the move says nothing about the new address."""
+    before, behind = stage.server(), stage.server()
+    with open_cache(before, connectTimeout=500) as cache:
+        cache.when_ready()
+        stage.do(before.answers.clear)
+        waiting = [
+            threading.Thread(target=cache.set, args=(f"moving/{number}", 1, None))
+            for number in range(2)
+        ]
+        for thread in waiting:
+            thread.start()
+        until(lambda: before.connections == 2)  # one awaits its reply, the other logs in
+        stage.push(b"MOVING", 1, 60, behind.address, by=before)
+        until(lambda: behind.served)
+        stage.do(before.answers.set)
+        for thread in waiting:
+            thread.join(PATIENCE)
+        assert cache.stats()["failed"] == 0
+        assert cache.stats()["writes"] == 2
+
+
+def test_back_to_the_usual_address(stage: Stage) -> None:
+    """An announcement without an address means the configured one, also soon after a move."""
+    before, behind = stage.server(), stage.server()
+    with open_cache(before) as cache:
+        cache.when_ready()
+        stage.push(b"MOVING", 1, 60, behind.address, by=before)
+        until(lambda: cache.set("moving", 1, None) and maintenance(cache)["moves"] == 1)
+        stage.push(b"MOVING", 2, 0, None, by=behind)
+        until(lambda: cache.set("moving", 2, None) and maintenance(cache)["moves"] == 2)
+        until(lambda: not behind.connections)
+        assert before.connections == 1
+        assert cache.stats()["last_loss"] == ""
+
+
 def test_more_time(stage: Stage) -> None:
     """During maintenance, operations have more time, and so have those under way."""
     before = stage.server()
