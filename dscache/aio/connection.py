@@ -451,8 +451,7 @@ class Connection(LoopBound):
             if (cause := foreign(error)) is not None:
                 error = ConnectError(f"it was interrupted by {type(cause).__name__}")
             link.abort(error)
-            self._endpoint.note_useless()
-            self._endpoint.move(None, 0.0)
+            self._endpoint.note_failure()
             self._failed(error)
             self._socket = None
             return False
@@ -617,6 +616,8 @@ class Connection(LoopBound):
         self.pipeline.down = said
         self.last_loss = str(said)
         self.refusal = permanent_failure(error, said, self.address)
+        if endpoint.is_at_new_address:
+            self.refusal = None  # the usual address is tried next
         if self.refusal is None:
             self._decided.clear()
         else:

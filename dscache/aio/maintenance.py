@@ -182,7 +182,7 @@ class Maintenance:
         if notice.endpoint is None:
             # The name leads to the new server only after a while.
             await asyncio.sleep(since + notice.seconds / 2 - self._loop.time())
-        self._endpoint.move(notice.endpoint, until)
+        self._endpoint.move(notice.endpoint, until - self._loop.time())
         failures = 0
         while self._node.link is old and self._loop.time() < until:
             if await self._try_to_move(old, until):

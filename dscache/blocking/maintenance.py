@@ -41,7 +41,6 @@ from ..net.maintenance import (
     MOVE_PAUSE_CAP,
     MOVING,
     SLOTS_MOVED,
-    Address,
     Announcements,
     Leeway,
     NewAddress,
@@ -186,9 +185,10 @@ class Mover:
         pool = self._pool()
         if notice.kind != MOVING or pool is None or self._stopping.is_set():
             return
-        if self._follows_already(notice.endpoint):
-            return
         self._notice = notice
+        if notice.endpoint is not None and notice.endpoint == self._new_address.get():
+            self._new_address.set(notice.endpoint, time.monotonic() + notice.patience)
+            return
         thread = threading.Thread(
             target=self._move, args=(pool, notice), name=f"dscache moves from {pool.address}"
         )
@@ -201,14 +201,6 @@ class Mover:
                 raise
             # The interpreter ends, or the system has no thread left: the next loss moves the pool.
             raise_foreign(error)
-
-    def _follows_already(self, endpoint: Address | None) -> bool:
-        """Whether a move to this address is under way, or done."""
-        if endpoint is not None and endpoint == self._new_address.get():
-            return True
-        thread, notice = self._thread, self._notice
-        is_alive = thread is not None and thread.is_alive()
-        return is_alive and notice is not None and notice.endpoint == endpoint
 
     def stop(self) -> None:
         """End the move under way."""

@@ -266,15 +266,15 @@ class NearLink:
         options = self._options
         deadline = time.monotonic() + options.connect_timeout / 1000
         new_address = self._connector.new_address
-        latest = new_address.latest
+        moved = new_address.get()
         try:
             connection.open(self._connector, deadline)
             self._on_connected(connection)
         except _FAILURES as error:
-            new_address.clear(latest)
+            new_address.note_failure(moved)
             failure = as_connect_error(error, options.connect_timeout)
             address = connection.pipeline.address
-            refusal = permanent_failure(error, failure, address)
+            refusal = permanent_failure(error, failure, address) if moved is None else None
             self.refusal = refusal if self._near.required else None
             if isinstance(error, (OSError, ConnectError, ConnectTimeout)) and refusal is None:
                 self.node.unreachable()

@@ -392,13 +392,13 @@ class Pool:
         while not self._closing:
             now = time.monotonic()
             limit = min(now + options.connect_timeout / 1000, deadline)
-            latest = self.new_address.latest
+            moved = self.new_address.get()
             try:
                 server = connection.open(self._connector, limit)
             except _FAILURES as error:
-                self.new_address.clear(latest)
+                self.new_address.note_failure(moved)
                 refusal = connection.note_failure(error, math.ceil((limit - now) * 1000))
-                if refusal is not None:
+                if refusal is not None and moved is None:
                     return refusal
             else:
                 self._note_success(connection, server)

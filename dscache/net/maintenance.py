@@ -231,39 +231,30 @@ class Announcements:
         self._lock = make_lock()
 
 
-@dataclass(slots=True)
-class TimedAddress:
-    """An address to use until a time; None is the configured one."""
-
-    address: Address | None
-    until: float
-
-
 class NewAddress:
-    """The address to which a server has moved, until the configured one leads there, for threads.
+    """The address to which a server has moved, until the configured one leads there.
 
-    Times are those of ``time.monotonic()``.
+    After a failed attempt to connect to one of the two, the other one is tried next. Any thread may
+    use it. Times are those of ``time.monotonic()``.
     """
 
     def __init__(self) -> None:
-        self.latest = TimedAddress(None, -math.inf)
-        """The latest address, for ``clear``."""
+        self._latest: tuple[Address | None, float] = None, -math.inf
+        self._has_failed = False
 
     def set(self, address: Address | None, until: float) -> None:
         """Use another address until then; None for the configured one."""
-        self.latest = TimedAddress(address, until)
+        self._latest = address, until
+        self._has_failed = False
 
     def get(self) -> Address | None:
         """Return the address to use now; None for the configured one."""
-        latest = self.latest
-        return latest.address if time.monotonic() < latest.until else None
+        address, until = self._latest
+        return None if self._has_failed or time.monotonic() >= until else address
 
-    def clear(self, latest: TimedAddress) -> None:
-        """Use the configured address again, since an attempt to connect has failed.
-
-        ``latest`` is from before the attempt: an address that was set since then stays in use.
-        """
-        latest.until = -math.inf
+    def note_failure(self, tried: Address | None) -> None:
+        """Note a failed attempt to connect to the address that ``get`` had returned before it."""
+        self._has_failed = tried is not None and tried == self._latest[0]
 
 
 class Leeway:

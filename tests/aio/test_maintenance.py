@@ -147,6 +147,35 @@ async def test_a_move_that_is_announced_during_the_login(
         assert cache.stats()["last_loss"] == ""
 
 
+async def test_a_new_address_that_fails_for_a_moment(before: Announcer, behind: Announcer) -> None:
+    """Once the old server has gone, both addresses are tried in turn."""
+    async with open_cache(before, maintNotifications="on") as cache:
+        await cache.when_ready()
+        behind.greets = False
+        before.push(b"MOVING", 1, 60, behind.address)
+        await until(lambda: behind.accepted)
+        before.greets = False
+        await before.cut()
+        tried = behind.accepted
+        setting = asyncio.ensure_future(cache.set("moving", 1, None))
+        await until(lambda: behind.accepted > tried and before.accepted > 1)
+        behind.greets = True
+        assert await setting
+
+
+async def test_a_new_address_that_refuses(before: Announcer, behind: Announcer) -> None:
+    """Its refusal of the login isn't final: operations wait for the usual address."""
+    behind.answer = REFUSAL
+    async with open_cache(before, maintNotifications="on") as cache:
+        await cache.when_ready()
+        before.push(b"MOVING", 1, 60, behind.address)
+        await until(lambda: behind.requests)
+        assert await cache.set("moving", 1, None)
+        await before.cut()
+        assert await cache.set("moving", 2, None)
+        assert before.accepted == 2
+
+
 async def test_a_repeated_announcement_begins_no_other_move(before: Announcer) -> None:
     """A server that repeats it over the next connection states the time that is left."""
     async with open_cache(before, maintNotifications="on") as cache:

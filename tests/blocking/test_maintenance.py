@@ -306,6 +306,54 @@ def test_back_to_the_usual_address(stage: Stage) -> None:
         assert cache.stats()["last_loss"] == ""
 
 
+def test_a_new_address_that_fails_for_a_moment(stage: Stage) -> None:
+    """Once the old server has gone, both addresses are tried in turn."""
+    before, behind = stage.server(), stage.server()
+    with open_cache(before) as cache:
+        cache.when_ready()
+        stage.push(b"MOVING", 1, 60, behind.address, by=before)
+        until(lambda: cache.set("moving", 1, None) and maintenance(cache)["moves"])
+        before.greets = behind.greets = False
+        stage.cut(behind)
+        tried, usual = behind.accepted, before.accepted
+        setting = threading.Thread(target=cache.set, args=("moving", 2, None))
+        setting.start()
+        until(lambda: behind.accepted > tried and before.accepted > usual)
+        behind.greets = True
+        setting.join(PATIENCE)
+        assert cache.stats()["failed"] == 0
+        assert behind.connections == 1
+
+
+def test_a_new_address_that_refuses(stage: Stage) -> None:
+    """Its refusal of the login isn't final: operations wait for the usual address."""
+    before, behind = stage.server(), stage.server()
+    with open_cache(before) as cache:
+        cache.when_ready()
+        stage.push(b"MOVING", 1, 60, behind.address, by=before)
+        until(lambda: cache.set("moving", 1, None) and maintenance(cache)["moves"])
+        behind.answer = REFUSAL
+        stage.cut(behind)
+        assert cache.set("moving", 2, None)
+        assert before.connections == 1
+
+
+def test_a_move_that_is_put_off(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later announcement of the same address has the pool try it for longer."""
+    monkeypatch.setattr("dscache.net.maintenance.LEAST", 0.2)
+    before, behind = stage.server(), stage.server()
+    behind.greets = False
+    with open_cache(before) as cache:
+        cache.when_ready()
+        for serial, seconds in ((1, 0), (2, 60)):
+            stage.push(b"MOVING", serial, seconds, behind.address, by=before)
+            cache.set("moving", serial, None)
+        until(lambda: maintenance(cache)["notifications"]["MOVING"] == 2)
+        time.sleep(0.5)
+        behind.greets = True
+        until(lambda: maintenance(cache)["moves"] == 1)
+
+
 def test_more_time(stage: Stage) -> None:
     """During maintenance, operations have more time, and so have those under way."""
     before = stage.server()
