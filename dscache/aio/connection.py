@@ -479,7 +479,7 @@ class Connection(LoopBound):
             # The near cache believes nothing that the former socket has brought.
             self.pipeline.connection_lost(EndedHere(reason), retry=True)
             link.adopt(self, self.pipeline)
-            self.pipeline.address = address
+            self.pipeline.address = self._endpoint.address = address
             self._socket = link
             self._on_connected(link, greeting)
         except BaseException:

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -191,7 +192,8 @@ class Maintenance:
             await asyncio.sleep(full_jitter(MOVE_PAUSE, MOVE_PAUSE_CAP, failures))
 
     async def _try_to_move(self, old: SocketProtocol, until: float) -> bool:
-        node, endpoint = self._node, self._endpoint
+        # The address of the node stays that of the present socket until the other one is in use.
+        node, endpoint = self._node, copy(self._endpoint)
         options = endpoint.options
         pipeline = _backend.core.Pipeline(
             self._loop.create_future,

@@ -187,6 +187,24 @@ async def test_a_repeated_announcement_begins_no_other_move(before: Announcer) -
         assert before.accepted == 2
 
 
+async def test_the_address_while_another_one_is_tried(
+    before: Announcer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Announcements and a loss are those of the server that is in use."""
+    caplog.set_level(logging.INFO, "dscache")
+    async with open_cache(before, maintNotifications="on") as cache:
+        await cache.when_ready()
+        before.push(b"MOVING", 1, 60, b"127.0.0.1:1")
+        await until(lambda: "can't move to 127.0.0.1:1 yet" in caplog.text)
+        before.push(b"MOVING", 1, 60, b"127.0.0.1:1")
+        assert await cache.set("moving", 1, None)
+        assert cache.stats()["maintenance"]["notifications"]["MOVING"] == 1
+        await before.cut()
+        assert await cache.set("moving", 2, None)
+        assert f"connection to 127.0.0.1:{before.port} lost" in caplog.text
+        assert "connection to 127.0.0.1:1 lost" not in caplog.text
+
+
 async def test_more_time(before: Announcer, caplog: pytest.LogCaptureFixture) -> None:
     """During maintenance, operations have more time, and so have those under way."""
     caplog.set_level(logging.INFO, "dscache")
