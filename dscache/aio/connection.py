@@ -33,7 +33,7 @@ from ..net.connect_errors import IF_PLAIN, as_connect_error, permanent_failure
 from ..net.credentials import Hidden, Word
 from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
-from ..net.maintenance import Announcements, Notice
+from ..net.maintenance import Announcements, NewAddress, Notice
 from ..net.slot_table import NodeInfo
 from .background_task import BackgroundTask
 from .deadlines import Deadlines, SureTimer, wait_at_most
@@ -207,6 +207,11 @@ class Connection(LoopBound):
     def address(self) -> str:
         """The address of the server; the last known one, if Sentinels name it."""
         return self._endpoint.address
+
+    @property
+    def new_address(self) -> NewAddress:
+        """The address to which the server has moved."""
+        return self._endpoint.new_address
 
     @property
     def is_ready(self) -> bool:

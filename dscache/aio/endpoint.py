@@ -48,7 +48,8 @@ class Endpoint:
     ``provider`` has the credentials, if the options don't. ``read_only``, ``is_near`` and
     ``of_cluster`` are those of ``handshake``. The nodes of a cluster share a ``resolver``. With
     ``may_be_proxy``, a server that closes connections at HELLO is tried without it. With
-    ``announcements``, it may be asked to announce its maintenance.
+    ``announcements``, it may be asked to announce its maintenance. ``new_address`` is that of
+    another Endpoint for the same server, which may have moved.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class Endpoint:
         resolver: Resolver | None = None,
         may_be_proxy: bool = False,
         announcements: Announcements | None = None,
+        new_address: NewAddress | None = None,
     ) -> None:
         self._is_near = is_near
         self._announcements = announcements
         self._peer = ""
-        self._new_address = NewAddress()
+        self.new_address = new_address or NewAddress()
+        """The address to which the server has moved."""
         self._moved: Address | None = None
         self._of_cluster = of_cluster
         self._read_only = read_only
@@ -119,7 +122,7 @@ class Endpoint:
 
         The usual one may lead to the new server only after a while.
         """
-        self._new_address.set(address, time.monotonic() + seconds)
+        self.new_address.set(address, time.monotonic() + seconds)
 
     @property
     def is_at_new_address(self) -> bool:
@@ -129,7 +132,7 @@ class Endpoint:
     def note_failure(self) -> None:
         """Have another address tried next, if there are several."""
         self.note_useless()
-        self._new_address.note_failure(self._moved)
+        self.new_address.note_failure(self._moved)
 
     def note_useless(self) -> None:
         """Have the address in use, if it is one of several, tried last."""
@@ -172,7 +175,7 @@ class Endpoint:
                 host, port = await self._group().locate()
                 self.address = self.named = join_address(host, port)
             else:
-                moved = self._moved = self._new_address.get()
+                moved = self._moved = self.new_address.get()
                 host, port = moved or (host, port)
                 self.address = options.address if moved is None else join_address(host, port)
             family = FAMILIES[options.family]

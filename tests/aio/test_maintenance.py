@@ -176,6 +176,23 @@ async def test_a_new_address_that_refuses(before: Announcer, behind: Announcer) 
         assert before.accepted == 2
 
 
+async def test_a_watch_follows_a_move(before: Announcer, behind: Announcer) -> None:
+    """It connects to the new address too, while the usual one leads to no server."""
+    async with (
+        open_cache(before, maintNotifications="on") as cache,
+        cache.watch("moving/") as watch,
+    ):
+        before.push(b"MOVING", 1, 600, behind.address)
+        await until(lambda: cache.stats()["maintenance"]["moves"])
+        before.greets = False
+        await before.cut()
+        async with asyncio.timeout(20):
+            while (await anext(watch)).kind != "resumed":
+                pass
+            assert await cache.set("moving/1", 1, None)
+            assert (await anext(watch)).kind == "changed"
+
+
 async def test_a_repeated_announcement_begins_no_other_move(before: Announcer) -> None:
     """A server that repeats it over the next connection states the time that is left."""
     async with open_cache(before, maintNotifications="on") as cache:

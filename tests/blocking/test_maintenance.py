@@ -338,6 +338,25 @@ def test_a_new_address_that_refuses(stage: Stage) -> None:
         assert before.connections == 1
 
 
+def test_a_scan_and_a_watch_follow_a_move(stage: Stage) -> None:
+    """They connect to the new address too, while the usual one leads to no server."""
+    before, behind = stage.server(), stage.server()
+    with open_cache(before) as cache, cache.watch("moving/") as watch:
+        kinds: list[str] = []
+        watching = threading.Thread(target=lambda: kinds.extend(one.kind for one in watch))
+        watching.start()
+        stage.push(b"MOVING", 1, 600, behind.address, by=before)
+        until(lambda: cache.set("moving/1", 1, None) and maintenance(cache)["moves"])
+        before.greets = False
+        stage.cut(before)
+        assert list(cache.scan("moving/")) == ["moving/1"]
+        until(lambda: "resumed" in kinds)
+        kinds.clear()
+        until(lambda: cache.set("moving/1", 2, None) and "changed" in kinds)
+        watch.close()
+        watching.join(PATIENCE)
+
+
 def test_a_move_that_is_put_off(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later announcement of the same address has the pool try it for longer."""
     monkeypatch.setattr("dscache.net.maintenance.LEAST", 0.2)
