@@ -392,12 +392,13 @@ class Pool:
         while not self._closing:
             now = time.monotonic()
             limit = min(now + options.connect_timeout / 1000, deadline)
+            moved = self.new_address.get()
             try:
                 server = connection.open(self._connector, limit)
             except _FAILURES as error:
-                self._connector.new_address.clear()
+                self.new_address.note_failure(moved)
                 refusal = connection.note_failure(error, math.ceil((limit - now) * 1000))
-                if refusal is not None:
+                if refusal is not None and moved is None:
                     return refusal
             else:
                 self._note_success(connection, server)
@@ -458,11 +459,18 @@ class Pool:
         return self._new_connection()
 
     def open(self, connection: Connection, until: float, address: tuple[str, int] | None) -> str:
-        """Connect to the server, perhaps at another address; return its kind and version."""
-        if self._options.sentinels is not None:
-            address = None  # they name it
-        limit = time.monotonic() + self._options.connect_timeout / 1000
-        return connection.open(self._connector, min(limit, until), address)
+        """Connect to the server, perhaps at another address; return its kind and version.
+
+        None is the configured address, even if the server has moved to another one before.
+        """
+        options = self._options
+        where = address or (options.host, options.port)
+        limit = time.monotonic() + options.connect_timeout / 1000
+        return connection.open(
+            self._connector,
+            min(limit, until),
+            None if options.sentinels is not None else where,  # they name it
+        )
 
     def move_to(self, connection: Connection, server: str) -> None:
         """Use this connection and later ones in place of all others: idle ones end now."""

@@ -25,6 +25,7 @@ from ..core import typed
 from ..core.record import DataT
 from ..errors import ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from ..net.backoff import full_jitter
+from ..net.maintenance import NewAddress
 from ..net.watch import (
     CHECK_INTERVAL,
     LONGEST_PAUSE,
@@ -190,6 +191,11 @@ class _Watching(Watching[DataT]):
 
     # -- the servers
 
+    @property
+    def new_address(self) -> NewAddress | None:
+        """The address to which the server of the cache has moved."""
+        return self._topology.new_address if isinstance(self._topology, Pool) else None
+
     def _keep(self) -> None:
         """Listen to the current primaries of a cluster until the watch is closed."""
         try:
@@ -337,7 +343,7 @@ class _Listener:
                 self._options, partial(self._watching.changes.take_push, self._address)
             )
             try:
-                server.connect(self._watching.credentials)
+                server.connect(self._watching.credentials, self._watching.new_address)
                 failures = 0
                 self._follow(server)
             except DscacheError as error:

@@ -941,13 +941,18 @@ def test_a_primary_without_replicas_is_doubted(
         assert f":{group.primary().port}" in cache._topology.address  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("connecting", "command"), [(2000, PATIENCE * 1000), (6000, 6000)])
 @on_one_server
 def test_silent_sentinels_delay_nothing_for_long(
-    open_cache: OpenCache, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+    open_cache: OpenCache,
+    server: EmbeddedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    connecting: int,
+    command: int,
 ) -> None:
     """Without an answer the connections stay, and the next look comes later."""
     with SentinelGroup(server.binary) as group:
-        cache = open_cache(**group.options, connectTimeout=2000, commandTimeout=PATIENCE * 1000)
+        cache = open_cache(**group.options, connectTimeout=connecting, commandTimeout=command)
         cache.set("a", 1, 1)
         for number in range(len(group.ports)):
             group.pause_sentinel(number)
