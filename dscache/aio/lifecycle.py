@@ -108,7 +108,10 @@ def running_loop(owner: str) -> asyncio.AbstractEventLoop:
     except RecursionError:  # a RuntimeError too
         raise
     except RuntimeError:
-        raise UsageError(f"{owner} opens on the event loop that runs, and none does") from None
+        raise UsageError(
+            f"{owner} opens on the event loop that runs, and none does; call it in a coroutine, "
+            "such as the main() of asyncio.run(main())"
+        ) from None
 
 
 def check_process(pid: int, owner: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -23,6 +23,7 @@ from ..errors import (
 )
 from . import constants as c
 from . import failures
+from .json_text import decode_as
 from .markers import DELETE, KEEP, OMITTED, Omitted, Ttl
 from .typed import warn_of_removal
 
@@ -51,6 +52,7 @@ PAUSE: Final = "pause"
 Step: TypeAlias = tuple[str, tuple[Any, ...]]
 """The name of a step, and its arguments."""
 Steps: TypeAlias = Generator[Step, Any, "Record | None"]
+Giver: TypeAlias = Literal["default", "function"]
 Successor: TypeAlias = Callable[["Record | None"], tuple[int, int | None]]
 """Returns the version and the ttl to write, given the Record read."""
 
@@ -141,6 +143,8 @@ def change_steps(
         elif default is OMITTED:
             raise missing(operation, name)
         else:
+            if type is not None:
+                _check_fit(name, default, type, "default")
             data = core.Record(name, 0, default, False, type).data
         data = yield CHANGE, (data,)
         if data is KEEP or (data is DELETE and record is None):
@@ -156,6 +160,8 @@ def change_steps(
             version, text = 0, b""
         else:
             text = core.encode_data(name, data)
+            if type is not None and data.__class__ not in (type, msgspec.Raw):
+                _check_fit(name, text, type, "function")
             if if_changed and record is not None and _is_same(name, record, text):
                 return record  # type: ignore[no-any-return] # of the driver
             if successor is not None:
@@ -184,9 +190,8 @@ def change_steps(
 def _check_null(name: str, before: bytes | Omitted, type: Any) -> None:
     """Raise RecordError if ``null`` doesn't fit the type; warn once if it replaces other data."""
     if type is not None:
-        null = _backend.core.Record(name, 0, b"null", False, type)
         try:
-            null.decode(type)
+            decode_as(name, 0, b"null", type)
         except RecordDamaged:
             raise null_of_type(name) from None
     elif before != b"null" and not _told_of_null:
@@ -196,6 +201,18 @@ def _check_null(name: str, before: bytes | Omitted, type: Any) -> None:
             "function with return and the new data (logged once)",
             shorten(name),
         )
+
+
+def _check_fit(name: str, text: bytes, type: Any, giver: Giver) -> None:
+    """Raise RecordError if JSON text from the function or the default doesn't fit the type.
+
+    It would be written, and fail all later reads with the type.
+    """
+    try:
+        decode_as(name, 0, text, type)
+    except RecordDamaged as error:
+        reason = str(error).removeprefix(f"record {shorten(name)}, version 0: ")
+        raise misfit(name, giver, reason) from error.__cause__
 
 
 def _is_same(name: str, record: Record, text: bytes) -> bool:
@@ -220,6 +237,18 @@ def null_of_type(name: str) -> RecordError:
         "with return and the new data, or with return dscache.DELETE to remove the record",
         name=name,
     )
+
+
+def misfit(name: str, giver: Giver, reason: str) -> RecordError:
+    """Return the error of a typed update that got data which doesn't fit the type."""
+    if giver == "default":
+        said = f"the default doesn't fit the type: {reason}; give a default of the type"
+    else:
+        said = (
+            f"the function returned data that doesn't fit the type: {reason}; return data of the "
+            "type, or update without a type"
+        )
+    return RecordError(f"update {shorten(name)}: {said}", name=name)
 
 
 def no_version_above(operation: str, name: str) -> RecordError:
