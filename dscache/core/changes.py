@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
@@ -52,7 +52,6 @@ PAUSE: Final = "pause"
 Step: TypeAlias = tuple[str, tuple[Any, ...]]
 """The name of a step, and its arguments."""
 Steps: TypeAlias = Generator[Step, Any, "Record | None"]
-Giver: TypeAlias = Literal["default", "function"]
 Successor: TypeAlias = Callable[["Record | None"], tuple[int, int | None]]
 """Returns the version and the ttl to write, given the Record read."""
 
@@ -143,9 +142,7 @@ def change_steps(
         elif default is OMITTED:
             raise missing(operation, name)
         else:
-            if type is not None:
-                _check_fit(name, default, type, "default")
-            data = core.Record(name, 0, default, False, type).data
+            data = _data_of_default(core.Record(name, 0, default, False, type))
         data = yield CHANGE, (data,)
         if data is KEEP or (data is DELETE and record is None):
             return record  # type: ignore[no-any-return] # of the driver
@@ -160,8 +157,6 @@ def change_steps(
             version, text = 0, b""
         else:
             text = core.encode_data(name, data)
-            if type is not None and data.__class__ not in (type, msgspec.Raw):
-                _check_fit(name, text, type, "function")
             if if_changed and record is not None and _is_same(name, record, text):
                 return record  # type: ignore[no-any-return] # of the driver
             if successor is not None:
@@ -170,6 +165,9 @@ def change_steps(
                 version = FIRST_VERSION if record is None else record.version + 1
             if version > c.MAX_VERSION:
                 raise no_version_above(operation, name)
+            written = core.Record(name, version, text, False, type)
+            if type is not None and data.__class__ is not msgspec.Raw:
+                _check_fit(written)
             # A removal makes the text shorter, unless the change adds as much. The full check takes
             # a twentieth of a typed update.
             if type is not None and record is not None and len(text) < len(record.raw):
@@ -177,9 +175,7 @@ def change_steps(
             expected = None if record is None else record.version
             done = yield "set", (name, version, msgspec.Raw(text), ttl, False, expected)
         if done:
-            if data is DELETE:
-                return None
-            return core.Record(name, version, text, False, type)  # type: ignore[no-any-return] # of either core
+            return None if data is DELETE else written
         pause = timing.pause(conflicts)
         conflicts += 1
         if timing.clock() + pause >= timing.deadline:
@@ -203,16 +199,32 @@ def _check_null(name: str, before: bytes | Omitted, type: Any) -> None:
         )
 
 
-def _check_fit(name: str, text: bytes, type: Any, giver: Giver) -> None:
-    """Raise RecordError if JSON text from the function or the default doesn't fit the type.
+def _data_of_default(default: Record) -> Any:
+    """Return the data of a default; raises RecordError if it doesn't fit the type."""
+    try:
+        return default.data
+    except RecordDamaged as error:
+        said = f"the default doesn't fit the type: {_misfit(error, default)}; give a default of it"
+        raise RecordError(f"update {shorten(default.name)}: {said}", name=default.name) from error
 
-    It would be written, and fail all later reads with the type.
+
+def _check_fit(written: Record) -> None:
+    """Raise RecordError if the data to write doesn't fit the type, as all later reads would fail.
+
+    The data is decoded for the caller, who gets the Record.
     """
     try:
-        decode_as(name, 0, text, type)
+        _ = written.data
     except RecordDamaged as error:
-        reason = str(error).removeprefix(f"record {shorten(name)}, version 0: ")
-        raise misfit(name, giver, reason) from error.__cause__
+        said = (
+            f"the function returned data that doesn't fit the type: {_misfit(error, written)}; "
+            "return data of the type, or update without a type"
+        )
+        raise RecordError(f"update {shorten(written.name)}: {said}", name=written.name) from error
+
+
+def _misfit(error: RecordDamaged, record: Record) -> str:
+    return str(error).removeprefix(f"record {shorten(record.name)}, version {record.version}: ")
 
 
 def _is_same(name: str, record: Record, text: bytes) -> bool:
@@ -237,18 +249,6 @@ def null_of_type(name: str) -> RecordError:
         "with return and the new data, or with return dscache.DELETE to remove the record",
         name=name,
     )
-
-
-def misfit(name: str, giver: Giver, reason: str) -> RecordError:
-    """Return the error of a typed update that got data which doesn't fit the type."""
-    if giver == "default":
-        said = f"the default doesn't fit the type: {reason}; give a default of the type"
-    else:
-        said = (
-            f"the function returned data that doesn't fit the type: {reason}; return data of the "
-            "type, or update without a type"
-        )
-    return RecordError(f"update {shorten(name)}: {said}", name=name)
 
 
 def no_version_above(operation: str, name: str) -> RecordError:

@@ -187,7 +187,7 @@ async def test_update_refuses_data_that_does_not_fit(
     cache: Either, type_: Any, misfit: str
 ) -> None:
     """It would be written, and fail all later reads with the type."""
-    said = f"^update 'n': the default doesn't fit the type: {misfit}; give a default of the type$"
+    said = f"^update 'n': the default doesn't fit the type: {misfit}; give a default of it$"
     with pytest.raises(RecordError, match=said) as caught:
         await cache.do("update", "n", lambda user: user, default={"name": 5}, type=type_)
     assert not isinstance(caught.value, RecordDamaged)
@@ -202,6 +202,17 @@ async def test_update_refuses_data_that_does_not_fit(
     # Raw is written without a check.
     record = await cache.do("update", "n", lambda user: msgspec.Raw(b"5"), type=type_)
     assert (record.version, record.raw) == (3, b"5")
+
+
+async def test_update_refuses_an_object_of_the_type_with_a_wrong_attribute(cache: Either) -> None:
+    def spoil(user: Any) -> User:
+        user.name = 5
+        return user
+
+    await cache.do("set", "n", 1, ADA)
+    with pytest.raises(RecordError, match=f"data that doesn't fit the type: {MISFIT}; return"):
+        await cache.do("update", "n", spoil, type=User)
+    assert await cache.do("head", "n") == 1
 
 
 async def test_scan(cache: Either) -> None:
