@@ -345,6 +345,13 @@ async def test_an_awaitable_that_a_blocking_load_returns(source: dict[str, Any])
             await either.do("fetch_bulk", ["two"], lambda names: load(names), ttl=1)
 
 
+async def test_an_async_cache_in_a_thread(backend: str) -> None:
+    said = r"used from outside of it; call it in a coroutine .*, or use a Cache in threads$"
+    async with dscache.AsyncCache({"name": "memory"}) as cache:
+        with pytest.raises(UsageError, match=said):
+            await asyncio.to_thread(cache.get, "a")
+
+
 async def test_a_scan_without_an_event_loop(server: EmbeddedServer, backend: str) -> None:
     async with dscache.AsyncCache(server.url, **PATIENT) as cache:
         await cache.get("a")
