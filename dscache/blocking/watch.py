@@ -22,6 +22,7 @@ from .._locks import make_lock
 from ..config import Options
 from ..config.address import join_address
 from ..core import typed
+from ..core.failures import remedy_of
 from ..core.record import DataT
 from ..errors import ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from ..net.backoff import full_jitter
@@ -369,7 +370,8 @@ class _Listener:
         self._check_role(server, role)
         (reply,) = server.request(changes.tracking)
         if isinstance(reply, ReplyError):
-            raise ReplyError(reply.message, context=f"CLIENT at {server.pipeline.address}")
+            context = f"CLIENT at {server.pipeline.address}{remedy_of(reply.message)}"
+            raise ReplyError(reply.message, context=context)
         self._is_first = False
         self._decided.set()
         self._watching.follow(server.pipeline.address)

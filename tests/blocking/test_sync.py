@@ -1032,6 +1032,23 @@ def test_close_does_not_wait_for_ever(open_cache: OpenCache, proxy: ProxyThread)
             write.result(PATIENCE)
 
 
+def test_close_does_not_blame_the_server_for_an_attempt_to_connect(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as threads:
+        options = {"host": "127.0.0.1", "port": silent.getsockname()[1], "closeTimeout": 10}
+        cache = dscache.Cache(options, **PATIENT)
+        waiting = threads.submit(cache.get, "a")
+        accepted, _ = silent.accept()
+        with accepted:
+            assert accepted.recv(1)
+            cache.close()
+            with pytest.raises(dscache.ConnectionLost, match="the cache was closed"):
+                waiting.result(PATIENCE)
+    assert cache.stats()["last_loss"] == "the cache was closed"
+    assert not [one.getMessage() for one in caplog.records if one.name == "dscache"]
+
+
 @on_one_server
 def test_a_dropped_cache_is_closed(server: EmbeddedServer, backend: str) -> None:
     cache = dscache.Cache.from_config(f"{server.url}?client_name=dropped")
