@@ -8,6 +8,7 @@ import datetime
 import decimal
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from django.core.cache.backends.base import CacheKeyWarning
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest, JsonResponse
 from django.urls import path
+from django.utils.safestring import mark_safe
 
 import dscache
 from dscache import django as backend_module
@@ -81,6 +83,26 @@ def test_json_comes_back_as_it_was(cache: RecordCache) -> None:
 def test_a_tuple_comes_back_as_a_list(cache: RecordCache) -> None:
     cache.set("key", {"pair": (1, (2, 3))})
     assert cache.get("key") == {"pair": [1, [2, 3]]}
+
+
+class Celsius(float):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (mark_safe("<b>"), "<b>"),  # what a template fragment is
+        ({"messages": [mark_safe("<b>"), 1, True]}, {"messages": ["<b>", 1, True]}),
+        ((mark_safe("half \ud800"),), ["half \ud800"]),
+        ({mark_safe("key"): Celsius(36.6)}, {"key": 36.6}),
+        ([signal.SIGINT, Celsius(1)], [2, 1.0]),
+    ],
+    ids=repr,
+)
+def test_a_subclass_comes_back_as_a_plain_value(cache: RecordCache, value: Any, plain: Any) -> None:
+    cache.set("key", value)
+    assert repr(cache.get("key")) == repr(plain)
 
 
 class Point(NamedTuple):
@@ -418,6 +440,19 @@ def test_clear_with_a_key_function(make: Make, redis: redis_py.Redis) -> None:
     cache.clear()
     assert cache.get("key") is cache.get("key", version=2) is None
     assert make().get("key") == "kept"
+
+
+def test_clear_refuses_to_remove_the_values_of_other_prefixes(make: Make) -> None:
+    def by_version(key: str, key_prefix: str, version: int) -> str:
+        return f"v{version}:{key_prefix}:{key}"
+
+    cache = make(KEY_FUNCTION=by_version, KEY_PREFIX="shop")
+    cache.set("key", 1)
+    cache.records.set("visits/1", 1, "kept")
+    with pytest.raises(ImproperlyConfigured, match="let them begin with KEY_PREFIX"):
+        cache.clear()
+    assert cache.get("key") == 1
+    assert cache.records.head("visits/1") == 1
 
 
 def test_clear_refuses_to_remove_everything(make: Make) -> None:
