@@ -121,6 +121,20 @@ async def test_several_caches(make_cache: MakeCache, registry: CollectorRegistry
     assert value(registry, "dscache_operations_total", cache="two") is None
 
 
+async def test_an_unregistered_collector_is_replaced(
+    make_cache: MakeCache, registry: CollectorRegistry
+) -> None:
+    """As between two tests of a program that empty the registry."""
+    for _ in range(2):
+        cache = await make_cache(name="memory")
+        collector = register(cache, "one", registry)
+        assert register(cache, "one", registry) is collector
+        await cache.get("a")
+        assert value(registry, "dscache_operations_total", cache="one") == 1
+        registry.unregister(collector)
+        assert samples(registry) == []
+
+
 async def test_before_opening_and_after_closing(registry: CollectorRegistry) -> None:
     cache = dscache.AsyncCache.from_config({"name": "memory"})
     register(cache, registry=registry)
