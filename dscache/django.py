@@ -152,7 +152,9 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
         self._location = location
         self._options = options
         self._key = repr((location, sorted(options.items())))
-        self._open()
+        # Django makes a backend for each request in some servers. A file is read once.
+        if self._key not in _shared:
+            self._open()
 
     def _open(self) -> _Entries:
         source = self._location

@@ -576,6 +576,18 @@ def test_backends_of_equal_settings_share_a_cache(make: Make) -> None:
     assert make(OPTIONS={"nearCache": True}).records is not first.records
 
 
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    """Django makes a backend for each request of an ASGI server."""
+    file = tmp_path / "config.yml"
+    file.write_text("cache: {name: memory}")
+    RecordCache(str(file), {}).set("key", 1)
+    file.unlink()
+    assert RecordCache(str(file), {}).get("key") == 1
+    close_all()
+    with pytest.raises(ImproperlyConfigured, match="there is no file"):
+        RecordCache(str(file), {})
+
+
 def test_close_all(make: Make) -> None:
     cache = make()
     cache.set("key", 1)
