@@ -163,7 +163,8 @@ class Cluster(LoopBound, NodeListener):
         # Of copies, since another thread may call this, such as that of a monitoring system.
         nodes = {shown: node.stats() for shown, node in list(self.nodes.by_address.items())}
         leaving = [node.stats() for node in list(self.nodes.leaving)]
-        stats = self.state.stats(nodes, leaving, self._routing.stats())
+        departed = [self.state.past, *leaving]
+        stats = self.state.stats(nodes, departed, self._routing.stats())
         if self._near is not None:
             stats["near_cache"] = self._near.stats()
         if self._announcements is not None:
