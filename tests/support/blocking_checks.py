@@ -66,9 +66,9 @@ def assert_no_counter_falls(cache: dscache.Cache, monkeypatch: pytest.MonkeyPatc
             until(lambda: pool._waiters)
             operations += 1
             stats = cache.stats()
-            assert (stats["operations"], stats["pending"], stats["waiting"]) == (operations, 0, 1)
             pool._put_back(connection)
             waiting.result(PATIENCE)
+            assert (stats["operations"], stats["pending"], stats["waiting"]) == (operations, 0, 1)
     seen = []
     discard = type(connection).discard
 
