@@ -373,6 +373,29 @@ async def test_collection_from_another_thread_while_nodes_change(
         assert failures == []
 
 
+async def test_a_node_that_leaves_during_a_collection_counts_once(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FakeCluster() as fakes, opened(fakes) as cache:
+        await asyncio.gather(*(cache.get(f"n{i}") for i in range(20)))
+        topology: Any = cache._topology
+        operations = cache.stats()["operations"]
+        first, *_, last = topology.nodes.by_address.values()
+        count = first.stats
+
+        def leave_meanwhile() -> dict[str, Any]:
+            monkeypatch.undo()
+            topology.nodes.leave(last)
+            counts: dict[str, Any] = count()
+            return counts
+
+        monkeypatch.setattr(first, "stats", leave_meanwhile)
+        for _ in range(2):
+            assert cache.stats()["operations"] == operations
+        await asyncio.wait(topology.nodes.leaving.values())
+        assert cache.stats()["operations"] == operations
+
+
 def test_exporters_are_imported_on_demand() -> None:
     """redis-py imports OpenTelemetry by itself where it is installed."""
     program = (
