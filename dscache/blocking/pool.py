@@ -87,11 +87,12 @@ class Pool:
         )
         self._connector = Connector(options, provider)
         self._idle: deque[Connection] = deque()
-        # Connections without a place, whose operation another connection has taken over. A list
-        # can be copied while other threads change it; a deque then raises.
+        # Connections without a place, whose operation another connection has taken over.
         self._unplaced: list[Connection] = []
         self._waiters: deque[queue.SimpleQueue[Connection | None]] = deque()
         self._connections: list[ref[Connection]] = []
+        # All connections whose counters aren't kept yet, with and without a place, by id.
+        self._uncounted: dict[int, ref[Connection]] = {}
         # A signal handler may use the cache while its thread is in the middle of anything.
         self._lock = make_lock()
         self._closed = False
@@ -185,7 +186,7 @@ class Pool:
             while (connection := self._unplaced.pop()).gone:
                 pass
             return connection
-        return self._new_connection()
+        return self.new_connection()
 
     def _new_connection(self) -> Connection:
         return self._prepared(Connection(self._new_pipeline(), self._info))
@@ -368,10 +369,23 @@ class Pool:
         return [one for one in connections if one is not None and not one.gone]
 
     def _count(self, connection: Connection) -> None:
-        """Keep the counters of a connection that ends."""
-        counts = connection.pipeline.stats()
+        """Keep the counters of a connection that ends, in one step for ``stats``."""
         with self._lock:
-            counters.add(self._info.counts, counts, lasting=True)
+            if self._uncounted.pop(id(connection), None) is not None:
+                self._keep_counts(connection)
+
+    def _keep_counts(self, connection: Connection) -> None:
+        counters.add(self._info.counts, connection.pipeline.stats(), lasting=True)
+
+    def _to_count(self) -> list[Connection]:
+        """Return the connections whose counters aren't kept, while holding the lock."""
+        found = []
+        for key, held in list(self._uncounted.items()):
+            if (connection := held()) is not None:
+                found.append(connection)
+            else:  # an exception has struck its thread
+                del self._uncounted[key]
+        return found
 
     def _none_free(self, operation: str) -> Exception:
         return DeadlineExceeded(
@@ -456,7 +470,10 @@ class Pool:
 
     def new_connection(self) -> Connection:
         """Return a connection that no operation has, and that has no place."""
-        return self._new_connection()
+        connection = self._new_connection()
+        with self._lock:
+            self._uncounted[id(connection)] = ref(connection)
+        return connection
 
     def open(self, connection: Connection, until: float, address: tuple[str, int] | None) -> str:
         """Connect to the server, perhaps at another address; return its kind and version.
@@ -562,13 +579,18 @@ class Pool:
         return None
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters of the pipelines and of the connections."""
-        present = self._present()
-        parts = [one.pipeline.stats() for one in (*present, *self._unplaced)]
+        """Return the counters of the pipelines and of the connections.
+
+        No counter falls: each connection counts once, whatever its threads do meanwhile.
+        """
+        with self._lock:
+            kept = counters.merged([self._info.counts])
+            connections = self._to_count()
+        parts = [counters.of(one.pipeline, one.admitted) for one in connections]
         return {
-            **counters.merged([self._info.counts, *parts, {"overloaded": self._overloads}]),
+            **counters.merged([kept, *parts, {"overloaded": self._overloads}]),
             "waiting": len(self._waiters),
-            "connections": sum(one.sock is not None for one in present),
+            "connections": sum(one.sock is not None for one in self._present()),
             **self._info.connections(),
             "last_loss": self._info.last_loss,
             "maintenance": self.announcements.stats(),
@@ -599,6 +621,7 @@ class Pool:
         self._unplaced.clear()
         self._waiters = deque()
         self._connections = []
+        self._uncounted = {}
         for connection in connections:
             if connection is not None:
                 connection.leave()
