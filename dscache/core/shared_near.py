@@ -148,12 +148,12 @@ class SharedNearCache(NearStore):
         super().__init__(NearSettings(**settings))
         self._read = read
         self._read_head = read_head
-        self._node: NearNode | None = None
+        # Of the counters and of the order of the entries; a signal handler may use the cache.
+        self._lock = make_lock()
         self._begin()
 
     def _begin(self) -> None:
-        # Of the counters and of the order of the entries; a signal handler may use the cache.
-        self._lock = make_lock()
+        self._node: NearNode | None = None
         self._entries = OrderedDict()
         self._bytes = self._pending = 0
         # By name, the SharedWrites; those that were interrupted may be gone.
@@ -385,14 +385,14 @@ class SharedNearCache(NearStore):
 
     def close(self) -> None:
         """Drop every record, and stop caching and serving records."""
-        super().close()
-        self._begin()
-        self._node = None
+        with self._lock:
+            super().close()
+            self._begin()
 
     def reset(self) -> None:
         """Drop every record, and forget the writes under way, as a forked child has none."""
+        self._lock = make_lock()  # a thread that the child doesn't have may have had it
         self._begin()
-        self._node = None
 
     def stats(self) -> dict[str, Any]:
         """Return the counters, the flushes by reason, and the size of the cache."""
