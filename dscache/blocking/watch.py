@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from .._cache import warn_of_dropped
 from .._forks import after_fork_in_child
-from .._locks import make_lock
 from ..config import Options
 from ..config.address import join_address
 from ..core import typed
@@ -73,7 +72,6 @@ class _Watching(Watching[DataT]):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._closing = threading.Event()
-        self._taking = make_lock()
         self._keeper: threading.Thread | None = None
         self.cluster: ClusterPool | None = None
         self.is_dropped = False
@@ -147,8 +145,7 @@ class _Watching(Watching[DataT]):
 
     def next(self) -> BlockingChange[DataT]:
         self._check_process()
-        with self._taking:
-            holder = self._hold()
+        holder = self._hold()
         try:
             found = self._found
             while True:

@@ -22,7 +22,7 @@ from dscache.blocking import loading as blocking_loading
 from dscache.config import Options
 from dscache.core import notes
 from dscache.core.flights import Flight
-from dscache.core.holder import Holder, Place
+from dscache.core.holder import Holder, Place, nothing
 from dscache.core.loading import Do
 from dscache.embedded import EmbeddedServer
 from dscache.net.finds import Finds, MemoryScan
@@ -96,6 +96,24 @@ def test_a_place_is_free_after_an_exception_behind_the_line_that_takes_it() -> N
         call()
     # Until here the traceback had the frame that has the holder.
     assert place.take() is not None
+
+
+def test_of_two_threads_that_come_at_once_one_gets_the_place() -> None:
+    place = Place()
+    holders: list[Holder | None] = []
+    other = threading.Thread(target=lambda: holders.append(place.take()))
+
+    def look() -> None:
+        """Find the place free, and let the other thread look too before it is taken."""
+        place.holder = nothing
+        other.start()
+        other.join(0.2)  # with nothing to wait for, it ends at once
+
+    place.holder = look
+    holder = place.take()
+    other.join()
+    assert holder is not None
+    assert holders == [None]
 
 
 # -- scan
