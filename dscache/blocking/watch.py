@@ -325,7 +325,9 @@ class _Listener:
             self._decided.set()
 
     def _is_over(self) -> bool:
-        return self._watching.was_dropped() or self._stopping.is_set()
+        # ``end`` stops the listeners that there are. The keeper may be about to add one.
+        watching = self._watching
+        return watching.was_dropped() or watching.is_closed or self._stopping.is_set()
 
     def _listen(self) -> None:
         failures = 0
