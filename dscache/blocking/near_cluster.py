@@ -85,10 +85,12 @@ class NearClusterFront(NearFront):
         return owners
 
     def _node_at(self, shown: str) -> NearNode:
-        node = self._nodes.get(shown)
-        if node is None:
-            node = self._nodes[shown] = self.core.node()
-        return node
+        # The lock: the link and the slots must have the same one.
+        with self._lock:
+            node = self._nodes.get(shown)
+            if node is None:
+                node = self._nodes[shown] = self.core.node()
+            return node
 
     # -- the links
 
