@@ -25,7 +25,7 @@ from tests.blocking.test_near import (
 )
 from tests.conftest import BY_AGE, PATIENT
 from tests.soak.cluster_rows import CURIOUS, prefix_on, slot_of
-from tests.support.blocking import until
+from tests.support.blocking import strike, until
 from tests.support.clusters import ClusterGroup
 from tests.support.sentinels import SentinelGroup
 
@@ -159,6 +159,28 @@ def test_a_primary_that_leaves_and_returns_at_once(group: ClusterGroup, backend:
         until(lambda: is_at_hand(cache, name))
         put_on(group, name, 2)
         until(lambda: version_of(cache, name) == 2)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_another_thread_keeps_the_links_after_one_that_is_struck(
+    group: ClusterGroup, backend: str
+) -> None:
+    """Under gevent, a KeyboardInterrupt may strike any greenlet."""
+    name = "n/1"
+    with on_cluster(group) as cache:
+        cache.set(name, 1, 1)
+        until(lambda: is_at_hand(cache, name))
+        pool: Any = cache._topology
+        front: Any = cache._near
+        keeper, left = front._keeper, pool.owner(slot_of(name))
+        strike(keeper, KeyboardInterrupt)
+        front._wanted.set()
+        until(lambda: not keeper.is_alive())
+        link = front._by_address[left]
+        link.stop()
+        link.join()
+        del front._by_address[left]  # the next thread begins another link
+        until(lambda: is_at_hand(cache, name))
 
 
 def test_a_new_primary_that_two_threads_find_at_once(
