@@ -287,6 +287,36 @@ def test_a_waiting_call_gets_the_place_of_a_lost_connection(open_cache: OpenCach
 
 
 @on_one_server
+def test_a_connection_is_not_given_to_a_thread_that_has_left(
+    open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline of a waiting thread passes between its turn and the connection."""
+    cache = open_cache(maxConnections=1, **PATIENT)
+    cache.set("a", 1, [1])
+    pool: Any = cache._topology
+    call_next = pool._call_next
+
+    def call_next_slowly() -> Any:
+        turn = call_next()
+        with pytest.raises(dscache.DeadlineExceeded, match="none of the 1"):
+            waiting.result(PATIENCE)
+        return turn
+
+    pool._new_pipeline.keywords.update(timeout=2)  # of the thread that waits
+    connection = pool._idle.pop()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(cache.get, "a")
+        until(lambda: pool._waiters)
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "_call_next", call_next_slowly)
+            pool._put_back(connection)
+    del connection
+    assert tuple(cache.get("a")) == (1, [1])
+    stats = cache.stats()
+    assert (stats["connects"], stats["operations"], stats["waiting"]) == (1, 3, 0)
+
+
+@on_one_server
 def test_stats_while_another_thread_puts_a_connection_aside(open_cache: OpenCache) -> None:
     cache = open_cache()
     assert cache.get("a") is None
