@@ -268,12 +268,11 @@ class SharedNearCache(NearStore):
                 self._counts["dropped_fills"] += 1
                 self._compare(found, None if record is None else record.version)
                 return
-            first = entry.cell.setdefault(None, content)
-            if first is not content:  # another thread was first
-                if first != content:
-                    self._remove(entry)
+            if entry.cell.setdefault(None, content) != content:  # another thread was first
+                self._remove(entry)
                 return
-            if self._entries.get(name) is entry:  # no signal handler has dropped it
+            # Unless that thread had the same answer, or a signal handler has dropped it.
+            if entry.is_pending and self._entries.get(name) is entry:
                 entry.previous = None
                 entry.size += size
                 self._bytes += size

@@ -259,6 +259,21 @@ def test_reads_end_beside_close_and_leave_nothing(core: Any) -> None:
         assert (stats["records"], stats["bytes"]) == (0, 0)
 
 
+@pytest.mark.parametrize("version", [None, 1])
+def test_two_reads_of_one_name_make_one_record(core: Any, version: int | None) -> None:
+    near = core.SharedNearCache(lambda _n, _t: "missed", lambda _n: "missed")
+    near.only_node().connected("one", time.monotonic())
+    reads = [near.begin_read("a"), near.begin_read("a")]
+    for read in reads:
+        near.settle(read, version and core.Record("a", version, b"1"), True)
+    assert near.get("a") != "missed"
+    once = near.stats()
+    assert once["records"] == 1
+    near.begin_write(["a"]).end()
+    near.settle(near.begin_read("a"), version and core.Record("a", version, b"1"), True)
+    assert near.stats()["bytes"] == once["bytes"]
+
+
 @pytest.mark.parametrize("what", ["write", "read", "close"])
 def test_a_signal_handler_may_use_a_full_near_cache_at_any_line(what: str) -> None:
     """While another read takes the place of the oldest record."""
