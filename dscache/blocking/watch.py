@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from .._cache import warn_of_dropped
 from .._forks import after_fork_in_child
-from .._locks import make_lock
 from ..config import Options
 from ..config.address import join_address
 from ..core import typed
@@ -75,7 +74,6 @@ class _Watching(Watching[DataT]):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._closing = threading.Event()
-        self._taking = make_lock()
         self._keeper: threading.Thread | None = None
         self.cluster: ClusterPool | None = None
         self.is_dropped = False
@@ -149,8 +147,7 @@ class _Watching(Watching[DataT]):
 
     def next(self) -> BlockingChange[DataT]:
         self._check_process()
-        with self._taking:
-            holder = self._hold()
+        holder = self._hold()
         try:
             found = self._found
             while True:
@@ -335,7 +332,9 @@ class _Listener:
             self._decided.set()
 
     def _is_over(self) -> bool:
-        return self._watching.was_dropped() or self._stopping.is_set()
+        # ``end`` stops the listeners that there are. The keeper may be about to add one.
+        watching = self._watching
+        return watching.was_dropped() or watching.is_closed or self._stopping.is_set()
 
     def _listen(self) -> None:
         failures = 0

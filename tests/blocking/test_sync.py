@@ -292,6 +292,77 @@ def test_no_counter_falls(open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
     assert_no_counter_falls(open_cache(maxConnections=1, **PATIENT), monkeypatch)
 
 
+@on_one_server
+def test_a_connection_is_not_given_to_a_thread_that_has_left(
+    open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline of a waiting thread passes between its turn and the connection."""
+    cache = open_cache(maxConnections=1, **PATIENT)
+    cache.set("a", 1, [1])
+    pool: Any = cache._topology
+    call_next = pool._call_next
+
+    def call_next_slowly() -> Any:
+        turn = call_next()
+        with pytest.raises(dscache.DeadlineExceeded, match="none of the 1"):
+            waiting.result(PATIENCE)
+        return turn
+
+    pool._new_pipeline.keywords.update(timeout=2)  # of the thread that waits
+    connection = pool._idle.pop()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(cache.get, "a")
+        until(lambda: pool._waiters)
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "_call_next", call_next_slowly)
+            pool._put_back(connection)
+    del connection
+    assert tuple(cache.get("a")) == (1, [1])
+    stats = cache.stats()
+    assert (stats["connects"], stats["operations"], stats["waiting"]) == (1, 3, 0)
+
+
+@on_one_server
+def test_no_counter_goes_back_while_threads_wait(open_cache: OpenCache) -> None:
+    """Waiting threads have connections without a place, over which others have waited before."""
+    cache = open_cache(maxConnections=1, **PATIENT)
+    cache.set("a", 1, [1])
+    pool: Any = cache._topology
+    pool._new_pipeline.keywords.update(timeout=0.2)
+    connection = pool._idle.pop()
+    with pytest.raises(dscache.DeadlineExceeded, match="none of the 1"):
+        cache.get_bulk(["a", "b"])
+    before = cache.stats()
+    assert (before["operations"], before["failed"], before["pending"]) == (2, 2, 0)
+    spare: Any = pool._spare()  # as a thread that waits again
+    spare.pipeline.get("a")
+    now = cache.stats()
+    assert (now["operations"], now["failed"], now["pending"]) == (3, 2, 0)  # it is "waiting"
+    pool._drop(spare)
+    pool._put_back(connection)
+
+
+@on_one_server
+def test_no_counter_goes_back_while_a_connection_ends(
+    open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache()
+    cache.set("a", 1, [1])
+    pool: Any = cache._topology
+    operations = []
+    disconnect = Connection.disconnect
+
+    def disconnect_slowly(connection: Connection) -> None:
+        operations.append(cache.stats()["operations"])
+        disconnect(connection)
+
+    monkeypatch.setattr(Connection, "disconnect", disconnect_slowly)
+    pool._renew()
+    assert operations == [1]
+    assert tuple(cache.get("a")) == (1, [1])
+    assert cache.stats()["operations"] == 2
+
+
 # -- interruptions
 
 
