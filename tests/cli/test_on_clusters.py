@@ -32,7 +32,7 @@ def shared_group(binary: ServerBinary) -> Iterator[ClusterGroup]:
 @pytest.fixture
 def url(group: ClusterGroup) -> tuple[str, str]:
     node = group.nodes[0]
-    patient = "connectTimeout=20000&slotsRefreshTimeout=20000"  # the machine may pause
+    patient = "socket_connect_timeout=20"  # the machine may pause
     return "--url", f"redis://:pass%40word@{node.host}:{node.port}?{patient}"
 
 
