@@ -301,8 +301,8 @@ def test_address(source: str, address: str) -> None:
         ),
         (
             {"rpc": {}, "Cache": {}},
-            'mapping: no section cache, the sections are: rpc, Cache; did you mean "Cache"?; '
-            f"write {EXAMPLE}",
+            'mapping: no section cache, the sections are: rpc, Cache; rename "Cache" to '
+            f"cache, or write {EXAMPLE}",
         ),
         (
             {"plugins": None},
