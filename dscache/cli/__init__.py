@@ -145,8 +145,8 @@ def _replaced(stream: io.TextIOWrapper, kind: type[io.FileIO]) -> io.TextIOWrapp
         io.BufferedWriter(kind(stream.fileno(), "wb", closefd=False)),
         encoding=stream.encoding,
         errors="backslashreplace" if is_strict else stream.errors,
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
+        # Also with PYTHONUNBUFFERED, by which it writes through to the object below.
+        line_buffering=stream.line_buffering or stream.write_through,
     )
 
 

@@ -202,6 +202,25 @@ def test_no_stream_for_errors(records: Path, server: EmbeddedServer) -> None:
         assert done.stdout.count("\n") == 1
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_note_comes_before_the_results(
+    unbuffered: str, records: Path, server: EmbeddedServer
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dscache", "get", "a"],
+        env={**os.environ, "DSCACHE_URL": server.url, "PYTHONUNBUFFERED": unbuffered},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        check=False,
+    )
+    note, line = done.stdout.splitlines()
+    assert note.startswith("dscache: using ")
+    assert line.startswith('{"name":"a"')
+
+
 def test_no_room_for_a_note(records: Path, server: EmbeddedServer) -> None:
     """The command does its work, and a wrong one has the status of a wrong one."""
     for words, status, written in (("get a", 0, '{"name":"a"'), ("gte a", 2, "")):
