@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from ..admin.primaries import open_primaries
 from ..admin.progress import JobProgress, save_nowhere, with_long_timeouts
 from .job_summary import RESUMES, STDIO, RestartOption, conclude, identity, run_timed
 from .options import Chosen, PrefixOption, with_all_options
-from .output import complain, complain_of_all, number
+from .output import complain, complain_of_all, lines_output, number
 from .progress_bar import progress
 
 
@@ -57,7 +56,7 @@ def export(
             export_run = Export(cache, primaries, prefix, job)
             of = {**identity(cache.config), "prefix": prefix}
             if target is None:
-                sink = Sink(sys.stdout.buffer, compressed=False, durable=False)
+                sink = Sink(lines_output(), compressed=False, durable=False)
                 with progress("export", job.position):
                     await export_run.run(sink, ExportState(of), save_nowhere)
                 return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import msgspec
 import typer
@@ -14,18 +16,35 @@ from rich.text import Text
 
 from . import signals
 from .streams import discard_rest
-from .words import printable, quotable
+from .words import escaped, printable, quotable
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 def print_json(document: object) -> None:
     """Print one JSON document, indented by two spaces."""
-    typer.echo(msgspec.json.format(msgspec.json.encode(document), indent=2))
+    write(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
 
 
 def write(line: bytes) -> None:
-    """Write bytes to standard output unchanged, and flush them for the reader of a pipe."""
-    sys.stdout.buffer.write(line)
+    """Write lines of JSON to standard output, and flush them for the reader of a pipe.
+
+    A terminal gets escape sequences of JSON in place of characters that would steer it.
+    """
+    sys.stdout.buffer.write(escaped(line) if sys.stdout.isatty() else line)
     sys.stdout.buffer.flush()
+
+
+def lines_output() -> BinaryIO:
+    """Return the file for lines of JSON on standard output, by ``write`` if it is a terminal."""
+    return cast(BinaryIO, _Terminal()) if sys.stdout.isatty() else sys.stdout.buffer
+
+
+class _Terminal(io.RawIOBase):
+    def write(self, data: ReadableBuffer, /) -> int:
+        write(bytes(data))
+        return memoryview(data).nbytes
 
 
 NOT_NEWER = "not written: Redis holds the same or a newer version"

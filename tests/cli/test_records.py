@@ -453,6 +453,15 @@ def test_a_terminal_without_unicode(url: Url) -> None:
         assert (status, shown in plain(written)) == (0, True)
 
 
+def test_json_on_a_terminal_is_escaped(url: Url, client: redis_py.Redis) -> None:
+    client.mset({"a_v": 1, "a_d": '[\t"\x9b2J\x7f\u202e\U000e0001\xe9" ]'})
+    escaped = '"data":[\t"\\u009b2J\\u007f\\u202e\\udb40\\udc01\xe9" ]}'
+    for words in (("get", "a", "--json"), ("export", "-")):
+        status, written = run_on_terminal(*words, *url)
+        assert (status, escaped in written) == (0, True)
+    assert invoke("get", "a", *url).lines[0]["data"] == ["\x9b2J\x7f\u202e\U000e0001\xe9"]
+
+
 def test_stored_data_is_shown_without_control_characters(url: Url, client: redis_py.Redis) -> None:
     client.mset({"a_v": 1, "a_d": b'"\xc2\x9b2J\x7f"'})
     _, written = run_on_terminal("get", "a", *url)
