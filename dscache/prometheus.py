@@ -54,11 +54,17 @@ def register(
             f"register: registry must be a CollectorRegistry, not {type(registry).__name__}"
         )
     collector = _registered.get(registry)
-    if collector is None:
+    if collector is None or not _is_in(registry, collector):
         collector = _registered[registry] = CacheCollector()
         registry.register(collector)
     collector.add(cache, name)
     return collector
+
+
+def _is_in(registry: CollectorRegistry, collector: CacheCollector) -> bool:
+    """Return whether a registry still has a collector: a program may have unregistered it."""
+    # No public method tells.
+    return collector in getattr(registry, "_collector_to_names", (collector,))
 
 
 class CacheCollector(Collector):

@@ -809,20 +809,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
                 raise failures.closed("cache")
             if self._topology is None:
                 self._pid = os.getpid()
-                options = self._config.options
-                if self._config.name == "memory":
-                    self._topology = MemoryPool(options)
-                elif options.nodes:
-                    from .blocking.cluster_pool import ClusterPool  # needed by clusters alone
-
-                    self._topology = ClusterPool(self._config, self._credentials)
-                elif options.sentinels:
-                    from .blocking.sentinel_pool import SentinelPool
-
-                    self._topology = SentinelPool(options, self._credentials)
-                else:
-                    self._topology = Pool(options, self._credentials)
-                self._near = self._make_near()
+                topology = self._make_topology()
+                # In this order: whatever strikes here, or forks, no pool goes without a near cache.
+                self._near = self._make_near(topology)
+                self._topology = topology
             run: _Run = self._topology.run
             if self._near is not None:
                 run = self._near.run
@@ -839,10 +829,25 @@ class Cache(CacheBase[Pool | MemoryPool]):
             self._run = run
             return run
 
-    def _make_near(self) -> NearFront | None:
+    def _make_topology(self) -> Pool | MemoryPool:
+        """Return the connections to the server or the cluster, or the records in memory."""
+        options = self._config.options
+        if self._config.name == "memory":
+            return MemoryPool(options)
+        if options.nodes:
+            from .blocking.cluster_pool import ClusterPool  # needed by clusters alone
+
+            return ClusterPool(self._config, self._credentials)
+        if options.sentinels:
+            from .blocking.sentinel_pool import SentinelPool
+
+            return SentinelPool(options, self._credentials)
+        return Pool(options, self._credentials)
+
+    def _make_near(self, topology: Pool | MemoryPool) -> NearFront | None:
         """Return the near cache, if there is one, and if primaries are read."""
         options = self._config.options
-        if options.near_cache is None or not isinstance(self._topology, Pool):
+        if options.near_cache is None or not isinstance(topology, Pool):
             return None
         from .blocking.near_cache import NearFront  # most programs have none
 
@@ -851,11 +856,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
                 return None
             from .blocking.near_cluster import NearClusterFront
 
-            return NearClusterFront(self._topology, self._config, self._credentials)
+            return NearClusterFront(topology, self._config, self._credentials)
         if options.sentinels and options.role == "slave":
             return None
         if options.near_cache.shared:
             from .blocking.near_host import HostFront
 
-            return HostFront(self._topology, options, self._credentials)
-        return NearFront(self._topology, options, self._credentials)
+            return HostFront(topology, options, self._credentials)
+        return NearFront(topology, options, self._credentials)

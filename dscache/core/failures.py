@@ -35,6 +35,8 @@ AWAY: Final = (ConnectError, ConnectionLost, DeadlineExceeded)
 _IN_SCRIPTS: Final = ("READONLY", "NOREPLICAS")
 # An error reply names a refused command within so many characters, before any argument.
 _NAMED: Final = 80
+# The beginning of a refusal that names the user, whose name follows.
+_OF_USER: Final = "NOPERM User "
 # The first words of descriptions of operations.
 _STEPS: Final = ("get", "head", "set", "delete", "read", "update")
 
@@ -196,9 +198,13 @@ def refuses(command: str, error: ReplyError) -> bool:
     """Return whether a server or proxy refuses a command to everybody or to this user.
 
     Redis and Valkey name the command, in the client's spelling if they don't know it; so do the
-    proxies that refuse it by a reply. An error about a key or argument doesn't.
+    proxies that refuse it by a reply. An error about a key or argument doesn't. The name of the
+    user, which may be long or like a command's, doesn't count.
     """
-    return error.code in ("NOPERM", "ERR") and command in error.message[:_NAMED].lower()
+    said = error.message
+    if said.startswith(_OF_USER):
+        said = said[len(_OF_USER) :].partition(" ")[2]
+    return error.code in ("NOPERM", "ERR") and command in said[:_NAMED].lower()
 
 
 def is_across_slots(message: str) -> bool:
@@ -221,6 +227,7 @@ _REMEDIES: Final = {
     "WRONGPASS": "check username and password",
     "NOAUTH": "set password, and username if the server has users",
     "NOPERM": "let ACL SETUSER give this user the command and the keys",
+    "ACL failure in script": "let ACL SETUSER give this user the command",
     "OOM": "raise maxmemory of the server, or choose a maxmemory-policy that evicts",
     "MOVED": "it is a node of a cluster, so give nodes in place of host and port",
     "CROSSSLOT": (

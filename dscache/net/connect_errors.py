@@ -148,6 +148,11 @@ def _may_pass(error: ReplyError) -> bool:
     return error.code in _PASSING or is_full(error.message)
 
 
+def says_to_hello(reply: object) -> str:
+    """Return the words of a refusal of HELLO in parentheses, or an empty text."""
+    return f' (it says "{reply.message}" to HELLO)' if isinstance(reply, ReplyError) else ""
+
+
 def is_full(text: str) -> bool:
     """Whether a server says that it has too many clients."""
     return _FULL.search(text) is not None
