@@ -24,7 +24,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakMethod, ref
@@ -370,15 +370,20 @@ class Pool:
 
     def _count(self, connection: Connection) -> None:
         """Keep the counters of a connection that ends, in one step for ``stats``."""
-        with self._lock:
+        with self._counting:
             if self._uncounted.pop(id(connection), None) is not None:
                 self._keep_counts(connection)
+
+    @property
+    def _counting(self) -> AbstractContextManager[object]:
+        """The lock of the counters that are kept."""
+        return self._lock
 
     def _keep_counts(self, connection: Connection) -> None:
         counters.add(self._info.counts, connection.pipeline.stats(), lasting=True)
 
     def _to_count(self) -> list[Connection]:
-        """Return the connections whose counters aren't kept, while holding the lock."""
+        """Return the connections whose counters aren't kept, while holding ``_counting``."""
         found = []
         for key, held in list(self._uncounted.items()):
             if (connection := held()) is not None:
@@ -470,7 +475,7 @@ class Pool:
     def new_connection(self) -> Connection:
         """Return a connection that no operation has, and that has no place."""
         connection = self._new_connection()
-        with self._lock:
+        with self._counting:
             self._uncounted[id(connection)] = ref(connection)
         return connection
 
@@ -575,7 +580,7 @@ class Pool:
 
         No counter falls: each connection counts once, whatever its threads do meanwhile.
         """
-        with self._lock:
+        with self._counting:
             kept = counters.merged([self._info.counts])
             connections = self._to_count()
         parts = [counters.of(one.pipeline, one.admitted) for one in connections]
