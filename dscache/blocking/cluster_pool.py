@@ -87,7 +87,7 @@ class ClusterPool(Pool):
                 try:
                     _cluster(line).close_departed()
                 except BaseException:
-                    self._drop(line)
+                    self.drop(line)
                     raise
                 self._put_back(line)
 

@@ -148,7 +148,7 @@ class Pool:
                     self._withdraw(connection)  # type: ignore[unreachable] # other threads set it
         except BaseException:
             if mine and connection is not None:
-                self._drop(connection)
+                self.drop(connection)
             # A traceback may be kept for long, and must not keep the connection's place.
             connection = None
             raise
@@ -227,7 +227,7 @@ class Pool:
                 connection.take_over(spare)
                 self._put_aside(spare)
             except BaseException:
-                self._drop(connection)
+                self.drop(connection)
                 raise
         return connection
 
@@ -272,7 +272,7 @@ class Pool:
             return None
         except BaseException:
             if connection is not None:
-                self._drop(connection)
+                self.drop(connection)
             raise
         finally:
             self._leave(turn)
@@ -301,7 +301,7 @@ class Pool:
         mine = True
         try:
             if connection.retired or self._closing:
-                self._drop(connection)
+                self.drop(connection)
             elif not connection.admitted:
                 self._put_aside(connection)
             else:
@@ -320,7 +320,7 @@ class Pool:
                     self._withdraw(connection)  # type: ignore[unreachable] # other threads set it
         except BaseException:
             if mine:
-                self._drop(connection)
+                self.drop(connection)
             del connection
             raise
 
@@ -343,9 +343,9 @@ class Pool:
                 self._idle.remove(connection)
             except ValueError:
                 return
-            self._drop(connection)
+            self.drop(connection)
 
-    def _drop(self, connection: Connection) -> None:
+    def drop(self, connection: Connection) -> None:
         """End a connection, and free its place."""
         first = not connection.gone
         connection.discard()
@@ -494,7 +494,7 @@ class Pool:
         self._note_success(connection, server)
         self._retire(lambda other: other is not connection)
         if not is_placed and not self._place(connection):
-            self._drop(connection)
+            self.drop(connection)
         moved = None if self._on_moved is None else self._on_moved()
         if moved is not None:
             moved()
@@ -549,7 +549,7 @@ class Pool:
             self._put_back(connection)
         except BaseException:
             if mine and connection is not None:
-                self._drop(connection)
+                self.drop(connection)
             connection = None
             raise
         if problem is not None:
