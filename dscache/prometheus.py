@@ -92,7 +92,10 @@ class CacheCollector(Collector):
         check_cache("add", cache)
         check_label("add", name, "registry")
         if self._caches.setdefault(name, cache) is not cache:
-            raise ValueError(f'a cache "{name}" already exists; give each cache its own name')
+            raise ValueError(
+                f'a cache "{name}" is registered already; give each cache its own name, or call '
+                f"remove({name!r}) of the collector first, which register returns"
+            )
 
     def remove(self, name: str) -> None:
         """Stop exporting the cache of that name, if there is one."""

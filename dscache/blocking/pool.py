@@ -70,6 +70,19 @@ class Asked(str):
     identity: str | None = None
 
 
+class _Turn:
+    """A thread that waits for a connection. ``given`` gets one, or None for a place to look for.
+
+    ``is_left``: whether the thread waits no longer.
+    """
+
+    __slots__ = ("given", "is_left")
+
+    def __init__(self) -> None:
+        self.given: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
+        self.is_left = False
+
+
 class Pool:
     """The connections to one server; a ``provider`` gives the credentials of each."""
 
@@ -89,7 +102,7 @@ class Pool:
         self._idle: deque[Connection] = deque()
         # Connections without a place, whose operation another connection has taken over.
         self._unplaced: list[Connection] = []
-        self._waiters: deque[queue.SimpleQueue[Connection | None]] = deque()
+        self._waiters: deque[_Turn] = deque()
         self._connections: list[ref[Connection]] = []
         # All connections whose counters aren't kept yet, with and without a place, by id.
         self._uncounted: dict[int, ref[Connection]] = {}
@@ -244,7 +257,7 @@ class Pool:
 
     def _wait(self, spare: Connection, deadline: float) -> Connection | None:
         """Wait for a connection that is put back, or for a place; return None at the deadline."""
-        turn: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
+        turn = _Turn()
         connection: Connection | None = None
         try:
             while not self._closing:
@@ -264,7 +277,7 @@ class Pool:
                 if rest <= 0:
                     return None
                 try:
-                    connection = turn.get(timeout=min(rest, _GLANCE))
+                    connection = turn.given.get(timeout=min(rest, _GLANCE))
                 except queue.Empty:
                     continue
                 if connection is not None:
@@ -277,19 +290,33 @@ class Pool:
         finally:
             self._leave(turn)
 
-    def _leave(self, turn: queue.SimpleQueue[Connection | None]) -> None:
+    def _leave(self, turn: _Turn) -> None:
         """Stop waiting, and pass on a connection that was given meanwhile."""
-        try:
+        turn.is_left = True
+        with suppress(ValueError):
             self._waiters.remove(turn)
-        except ValueError:
-            while not turn.empty():
-                given = turn.get_nowait()
-                if given is not None:
-                    self._put_back(given)
-                elif (following := self._call_next()) is not None:
-                    following.put(None)
+        self._take_back(turn)
 
-    def _call_next(self) -> queue.SimpleQueue[Connection | None] | None:
+    def _give(self, turn: _Turn, connection: Connection | None) -> None:
+        """Give a connection, or None for a place to look for, to a thread that waits."""
+        turn.given.put(connection)
+        # Behind that: a thread that leaves later finds it, and one that has left doesn't look.
+        if turn.is_left:
+            self._take_back(turn)
+
+    def _take_back(self, turn: _Turn) -> None:
+        """Pass on what a thread was given that waits no longer."""
+        while True:
+            try:
+                given = turn.given.get_nowait()
+            except queue.Empty:
+                return
+            if given is not None:
+                self._put_back(given)
+            elif (following := self._call_next()) is not None:
+                self._give(following, None)
+
+    def _call_next(self) -> _Turn | None:
         """Return the turn that has waited longest, or None."""
         try:
             return self._waiters.popleft()
@@ -310,7 +337,7 @@ class Pool:
                 # From here on another thread may have it.
                 mine = False
                 if turn is not None:
-                    turn.put(connection)  # its thread drops it if it is retired by now
+                    self._give(turn, connection)  # its thread drops it if it is retired by now
                     return
                 if is_ready:
                     self._idle.append(connection)
@@ -355,7 +382,7 @@ class Pool:
             with self._lock:
                 self._prune()
             if (turn := self._call_next()) is not None:
-                turn.put(None)
+                self._give(turn, None)
 
     def _prune(self) -> None:
         """Forget the connections that have ended."""
@@ -411,12 +438,13 @@ class Pool:
         while not self._closing:
             now = time.monotonic()
             limit = min(now + options.connect_timeout / 1000, deadline)
+            moved = self.new_address.get()
             try:
                 server = connection.open(self._connector, limit)
             except _FAILURES as error:
-                self._connector.new_address.clear()
+                self.new_address.note_failure(moved)
                 refusal = connection.note_failure(error, math.ceil((limit - now) * 1000))
-                if refusal is not None:
+                if refusal is not None and moved is None:
                     return refusal
             else:
                 self._note_success(connection, server)
@@ -480,11 +508,18 @@ class Pool:
         return connection
 
     def open(self, connection: Connection, until: float, address: tuple[str, int] | None) -> str:
-        """Connect to the server, perhaps at another address; return its kind and version."""
-        if self._options.sentinels is not None:
-            address = None  # they name it
-        limit = time.monotonic() + self._options.connect_timeout / 1000
-        return connection.open(self._connector, min(limit, until), address)
+        """Connect to the server, perhaps at another address; return its kind and version.
+
+        None is the configured address, even if the server has moved to another one before.
+        """
+        options = self._options
+        where = address or (options.host, options.port)
+        limit = time.monotonic() + options.connect_timeout / 1000
+        return connection.open(
+            self._connector,
+            min(limit, until),
+            None if options.sentinels is not None else where,  # they name it
+        )
 
     def move_to(self, connection: Connection, server: str) -> None:
         """Use this connection and later ones in place of all others: idle ones end now."""
@@ -539,6 +574,8 @@ class Pool:
             except IndexError:
                 spare = self._spare()
                 connection = spare if self._reserve(spare) else self._wait(spare, deadline)
+                if connection is not spare:
+                    self._put_aside(spare)
             if connection is None:
                 raise ConnectError(
                     f"no connection to {self.address} within {timeout} ms: all {self._limit} "
