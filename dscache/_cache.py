@@ -147,8 +147,8 @@ class CacheBase(Generic[NodesT]):
     def is_ready(self) -> bool:
         """Whether the server, or every primary of a cluster, is connected: bool.
 
-        An AsyncCache connects by itself. A Cache connects only for an operation or ``when_ready``,
-        so a probe must call ``when_ready``.
+        An AsyncCache that was opened connects again by itself. A Cache connects only for an
+        operation or ``when_ready``, so a probe of a Cache must call ``when_ready``.
         """
         return self._topology is not None and self._topology.is_ready
 
