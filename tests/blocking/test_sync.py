@@ -338,7 +338,7 @@ def test_no_counter_goes_back_while_threads_wait(open_cache: OpenCache) -> None:
     spare.pipeline.get("a")
     now = cache.stats()
     assert (now["operations"], now["failed"], now["pending"]) == (3, 2, 0)  # it is "waiting"
-    pool._drop(spare)
+    pool.drop(spare)
     pool._put_back(connection)
 
 
