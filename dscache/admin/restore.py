@@ -56,6 +56,11 @@ class ImportFile:
             self._raw = path.open("rb")
         except OSError as error:
             raise DscacheError(f"{path}: {error.strerror}") from error
+        if not self._raw.seekable():
+            self._raw.close()
+            raise DscacheError(
+                f"{path} can't be read: it is a pipe; lead it into standard input, for which - stands"
+            )
         status = os.fstat(self._raw.fileno())
         is_gzip = path.suffix == ".gz" or (
             stat.S_ISREG(status.st_mode) and self._raw.peek(2).startswith(_GZIP)

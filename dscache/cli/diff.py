@@ -99,7 +99,9 @@ def _export(other: str) -> Path | None:
         return None
     if file.is_file():
         return file
-    fault = "is a folder" if file.is_dir() else "isn't a file that exists"
+    fault = "isn't a file that exists"
+    if file.exists():
+        fault = "is a folder" if file.is_dir() else "is a pipe or a device"
     shown = other.rpartition("@")[2]  # a mistyped URL may hold a password
     raise typer.BadParameter(
         f"{shown} {fault}; give {_OTHER[0].lower()}{_OTHER[1:-1]}", param_hint="OTHER"

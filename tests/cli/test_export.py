@@ -314,6 +314,23 @@ def test_a_target_that_is_no_file(
     assert target.is_fifo() or target.is_dir()
 
 
+def test_a_pipe_as_a_source(url: Url, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    try:
+        done = invoke("import", f"/dev/fd/{reading}", *url)
+        assert (done.status, done.out) == (1, "")
+        assert (
+            f"/dev/fd/{reading} can't be read: it is a pipe; lead it into standard input"
+            in done.err
+        )
+        done = invoke("diff", f"/dev/fd/{reading}", *url)
+        assert (done.status, done.out) == (2, "")
+        assert f"/dev/fd/{reading} is a pipe or a device; give" in done.err
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
 def test_a_state_without_its_file_is_discarded(
     url: Url, client: redis_py.Redis, tmp_path: Path
 ) -> None:
