@@ -59,7 +59,8 @@ class ImportFile:
         if not self._raw.seekable():
             self._raw.close()
             raise DscacheError(
-                f"{path} can't be read: it is a pipe; lead it into standard input, for which - stands"
+                f"{path} can't be read: it is a pipe; lead it into standard input, for which - "
+                "stands"
             )
         status = os.fstat(self._raw.fileno())
         is_gzip = path.suffix == ".gz" or (
