@@ -125,7 +125,7 @@ class ClusterPool(Pool):
     def _note_error(self, line: Connection) -> None:
         """Do nothing: the line has recorded the error in the state already."""
 
-    def _keep_counts(self, line: Connection) -> None:
+    def _count(self, line: Connection) -> None:
         _cluster(line).routes.keep_counts()
 
     def reset_after_fork(self) -> None:
@@ -175,12 +175,7 @@ class ClusterPool(Pool):
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of all nodes together, and of each under ``nodes``."""
-        # Under the lock, so that no counter goes back while a line ends.
-        with self._lock, self.state.lock:
-            return self._stats()
-
-    def _stats(self) -> dict[str, Any]:
-        routes = [_cluster(line).routes for line in self._counted()]
+        routes = [_cluster(line).routes for line in (*self._present(), *self._unplaced)]
         infos = list(self.state.nodes.values())
         parts: dict[str, list[dict[str, Any]]] = {one.shown: [one.counts] for one in infos}
         connected: Counter[str] = Counter()

@@ -105,8 +105,6 @@ class Pool:
         self._unplaced: list[Connection] = []
         self._waiters: deque[_Turn] = deque()
         self._connections: list[ref[Connection]] = []
-        # All connections without a place, also those in the hands of a thread.
-        self._spares: list[ref[Connection]] = []
         # A signal handler may use the cache while its thread is in the middle of anything.
         self._lock = make_lock()
         self._closed = False
@@ -200,15 +198,7 @@ class Pool:
             while (connection := self._unplaced.pop()).gone:
                 pass
             return connection
-        connection = self._new_connection()
-        with self._lock:
-            self._spares = [
-                held
-                for held in self._spares
-                if (one := held()) is not None and not (one.admitted or one.gone)
-            ]
-            self._spares.append(ref(connection))
-        return connection
+        return self._new_connection()
 
     def _new_connection(self) -> Connection:
         return self._prepared(Connection(self._new_pipeline(), self._info))
@@ -383,8 +373,10 @@ class Pool:
 
     def _drop(self, connection: Connection) -> None:
         """End a connection, and free its place."""
-        self._count(connection)
+        first = not connection.gone
         connection.discard()
+        if first:
+            self._count(connection)
         if connection.admitted:
             with self._lock:
                 self._prune()
@@ -402,20 +394,11 @@ class Pool:
             connections = [held() for held in self._connections]
         return [one for one in connections if one is not None and not one.gone]
 
-    def _counted(self) -> list[Connection]:
-        """Return all connections that have not ended, while holding the lock."""
-        found = dict.fromkeys(held() for held in (*self._connections, *self._spares))
-        return [one for one in found if one is not None and not one.gone]
-
     def _count(self, connection: Connection) -> None:
-        """Note that a connection ends, and keep its counters, in one step for ``stats``."""
+        """Keep the counters of a connection that ends."""
+        counts = connection.pipeline.stats()
         with self._lock:
-            if not connection.gone:
-                connection.gone = True
-                self._keep_counts(connection)
-
-    def _keep_counts(self, connection: Connection) -> None:
-        counters.add(self._info.counts, connection.pipeline.stats(), lasting=True)
+            counters.add(self._info.counts, counts, lasting=True)
 
     def _none_free(self, operation: str) -> Exception:
         return DeadlineExceeded(
@@ -561,8 +544,6 @@ class Pool:
             except IndexError:
                 spare = self._spare()
                 connection = spare if self._reserve(spare) else self._wait(spare, deadline)
-                if connection is not spare:
-                    self._put_aside(spare)
             if connection is None:
                 raise ConnectError(
                     f"no connection to {self.address} within {timeout} ms: all {self._limit} "
@@ -601,15 +582,12 @@ class Pool:
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of the pipelines and of the connections."""
-        # Under the lock, so that no counter goes back while a connection ends.
-        with self._lock:
-            parts = [one.pipeline.stats() for one in self._counted()]
-            parts += [self._info.counts, {"overloaded": self._overloads}]
-            merged = counters.merged(parts)
+        present = self._present()
+        parts = [one.pipeline.stats() for one in (*present, *self._unplaced)]
         return {
-            **merged,
+            **counters.merged([self._info.counts, *parts, {"overloaded": self._overloads}]),
             "waiting": len(self._waiters),
-            "connections": sum(one.sock is not None for one in self._present()),
+            "connections": sum(one.sock is not None for one in present),
             **self._info.connections(),
             "last_loss": self._info.last_loss,
             "maintenance": self.announcements.stats(),
@@ -640,7 +618,6 @@ class Pool:
         self._unplaced.clear()
         self._waiters = deque()
         self._connections = []
-        self._spares = []
         for connection in connections:
             if connection is not None:
                 connection.leave()

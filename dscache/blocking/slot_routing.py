@@ -153,10 +153,9 @@ class SlotRouter:
         self.take_pending_nodes()
         departed = [shown for shown in self.nodes if shown not in known]
         for shown in departed:
-            with self._state.lock:  # in one step for the cache's ``stats``
-                node = self.nodes.pop(shown)
-                self._state.keep_counts(None, node.pipeline.stats())
+            node = self.nodes.pop(shown)
             node.discard()
+            self._state.keep_counts(None, node.pipeline.stats())
         if departed:
             self._rebuild(self._table)
 
