@@ -223,13 +223,15 @@ class _Watching(LoopBound, Watching[DataT]):
         A failure before the reports have begun at first goes to ``ready``.
         """
         changes = self.changes
+        topology = self._topology
+        new_address = topology.new_address if isinstance(topology, Connection) else None
         must_be_primary = bool(options.sentinels) or not isinstance(self._topology, Connection)
         failures = 0
         while not self._closed:
             try:
                 on_push = partial(changes.take_push, address)
                 with closing(
-                    await ControlConnection.open(options, on_push, self.credentials)
+                    await ControlConnection.open(options, on_push, self.credentials, new_address)
                 ) as server:
                     hello, role = await server.execute_many(["HELLO"], ["ROLE"])
                     check_pushes(server.address, hello)

@@ -100,11 +100,12 @@ class Pool:
         )
         self._connector = Connector(options, provider)
         self._idle: deque[Connection] = deque()
-        # Connections without a place, whose operation another connection has taken over. A list
-        # can be copied while other threads change it; a deque then raises.
+        # Connections without a place, whose operation another connection has taken over.
         self._unplaced: list[Connection] = []
         self._waiters: deque[_Turn] = deque()
         self._connections: list[ref[Connection]] = []
+        # All connections whose counters aren't kept yet, with and without a place, by id.
+        self._uncounted: dict[int, ref[Connection]] = {}
         # A signal handler may use the cache while its thread is in the middle of anything.
         self._lock = make_lock()
         self._closed = False
@@ -198,7 +199,7 @@ class Pool:
             while (connection := self._unplaced.pop()).gone:
                 pass
             return connection
-        return self._new_connection()
+        return self.new_connection()
 
     def _new_connection(self) -> Connection:
         return self._prepared(Connection(self._new_pipeline(), self._info))
@@ -395,10 +396,23 @@ class Pool:
         return [one for one in connections if one is not None and not one.gone]
 
     def _count(self, connection: Connection) -> None:
-        """Keep the counters of a connection that ends."""
-        counts = connection.pipeline.stats()
+        """Keep the counters of a connection that ends, in one step for ``stats``."""
         with self._lock:
-            counters.add(self._info.counts, counts, lasting=True)
+            if self._uncounted.pop(id(connection), None) is not None:
+                self._keep_counts(connection)
+
+    def _keep_counts(self, connection: Connection) -> None:
+        counters.add(self._info.counts, connection.pipeline.stats(), lasting=True)
+
+    def _to_count(self) -> list[Connection]:
+        """Return the connections whose counters aren't kept, while holding the lock."""
+        found = []
+        for key, held in list(self._uncounted.items()):
+            if (connection := held()) is not None:
+                found.append(connection)
+            else:  # an exception has struck its thread
+                del self._uncounted[key]
+        return found
 
     def _none_free(self, operation: str) -> Exception:
         return DeadlineExceeded(
@@ -419,12 +433,13 @@ class Pool:
         while not self._closing:
             now = time.monotonic()
             limit = min(now + options.connect_timeout / 1000, deadline)
+            moved = self.new_address.get()
             try:
                 server = connection.open(self._connector, limit)
             except _FAILURES as error:
-                self._connector.new_address.clear()
+                self.new_address.note_failure(moved)
                 refusal = connection.note_failure(error, math.ceil((limit - now) * 1000))
-                if refusal is not None:
+                if refusal is not None and moved is None:
                     return refusal
             else:
                 self._note_success(connection, server)
@@ -482,14 +497,24 @@ class Pool:
 
     def new_connection(self) -> Connection:
         """Return a connection that no operation has, and that has no place."""
-        return self._new_connection()
+        connection = self._new_connection()
+        with self._lock:
+            self._uncounted[id(connection)] = ref(connection)
+        return connection
 
     def open(self, connection: Connection, until: float, address: tuple[str, int] | None) -> str:
-        """Connect to the server, perhaps at another address; return its kind and version."""
-        if self._options.sentinels is not None:
-            address = None  # they name it
-        limit = time.monotonic() + self._options.connect_timeout / 1000
-        return connection.open(self._connector, min(limit, until), address)
+        """Connect to the server, perhaps at another address; return its kind and version.
+
+        None is the configured address, even if the server has moved to another one before.
+        """
+        options = self._options
+        where = address or (options.host, options.port)
+        limit = time.monotonic() + options.connect_timeout / 1000
+        return connection.open(
+            self._connector,
+            min(limit, until),
+            None if options.sentinels is not None else where,  # they name it
+        )
 
     def move_to(self, connection: Connection, server: str) -> None:
         """Use this connection and later ones in place of all others: idle ones end now."""
@@ -581,13 +606,18 @@ class Pool:
         return None
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters of the pipelines and of the connections."""
-        present = self._present()
-        parts = [one.pipeline.stats() for one in (*present, *self._unplaced)]
+        """Return the counters of the pipelines and of the connections.
+
+        No counter falls: each connection counts once, whatever its threads do meanwhile.
+        """
+        with self._lock:
+            kept = counters.merged([self._info.counts])
+            connections = self._to_count()
+        parts = [counters.of(one.pipeline, one.admitted) for one in connections]
         return {
-            **counters.merged([self._info.counts, *parts, {"overloaded": self._overloads}]),
+            **counters.merged([kept, *parts, {"overloaded": self._overloads}]),
             "waiting": len(self._waiters),
-            "connections": sum(one.sock is not None for one in present),
+            "connections": sum(one.sock is not None for one in self._present()),
             **self._info.connections(),
             "last_loss": self._info.last_loss,
             "maintenance": self.announcements.stats(),
@@ -618,6 +648,7 @@ class Pool:
         self._unplaced.clear()
         self._waiters = deque()
         self._connections = []
+        self._uncounted = {}
         for connection in connections:
             if connection is not None:
                 connection.leave()

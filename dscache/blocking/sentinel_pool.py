@@ -22,6 +22,7 @@ from ..core.holder import Holder, Place
 from ..errors import ConnectError
 from ..net.slot_table import NodeInfo
 from .connection import Connection
+from .foreign_errors import ConnectTimeout, raise_foreign
 from .pool import Pool
 from .waiter import BlockingWaiter
 
@@ -114,7 +115,8 @@ class SentinelPool(Pool):
             self._look_at = now + min(_LOOK_AFTER * self._failures, _LOOK_CAP)
             try:
                 host, port = self._connector.locate(now + limit)
-            except ConnectError:
+            except (ConnectError, ConnectTimeout) as error:
+                raise_foreign(error)
                 return
             self._note_answer()
             named = join_address(host, port)

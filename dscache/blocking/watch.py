@@ -21,9 +21,11 @@ from .._forks import after_fork_in_child
 from ..config import Options
 from ..config.address import join_address
 from ..core import typed
+from ..core.failures import remedy_of
 from ..core.record import DataT
 from ..errors import ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from ..net.backoff import full_jitter
+from ..net.maintenance import NewAddress
 from ..net.watch import (
     CHECK_INTERVAL,
     LONGEST_PAUSE,
@@ -187,6 +189,11 @@ class _Watching(Watching[DataT]):
 
     # -- the servers
 
+    @property
+    def new_address(self) -> NewAddress | None:
+        """The address to which the server of the cache has moved."""
+        return self._topology.new_address if isinstance(self._topology, Pool) else None
+
     def _keep(self) -> None:
         """Listen to the current primaries of a cluster until the watch is closed."""
         try:
@@ -336,7 +343,7 @@ class _Listener:
                 self._options, partial(self._watching.changes.take_push, self._address)
             )
             try:
-                server.connect(self._watching.credentials)
+                server.connect(self._watching.credentials, self._watching.new_address)
                 failures = 0
                 self._follow(server)
             except DscacheError as error:
@@ -362,7 +369,8 @@ class _Listener:
         self._check_role(server, role)
         (reply,) = server.request(changes.tracking)
         if isinstance(reply, ReplyError):
-            raise ReplyError(reply.message, context=f"CLIENT at {server.pipeline.address}")
+            context = f"CLIENT at {server.pipeline.address}{remedy_of(reply.message)}"
+            raise ReplyError(reply.message, context=context)
         self._is_first = False
         self._decided.set()
         self._watching.follow(server.pipeline.address)

@@ -44,6 +44,7 @@ from tests.support.blocking_checks import (
     assert_each_size_is_read,
     assert_interrupted,
     assert_large_bulks_work,
+    assert_no_counter_falls,
     assert_struck_at_each_line,
 )
 from tests.support.faults import FakeServer
@@ -317,24 +318,8 @@ def test_a_connection_is_not_given_to_a_thread_that_has_left(
 
 
 @on_one_server
-def test_stats_while_another_thread_puts_a_connection_aside(open_cache: OpenCache) -> None:
-    cache = open_cache()
-    assert cache.get("a") is None
-    pool: Any = cache._topology
-    spares = [pool._new_connection() for _ in range(3)]
-
-    class Changing(type(pool._unplaced)):  # type: ignore[misc] # whatever it is
-        """Connections of which more come while they are copied."""
-
-        def __iter__(self) -> Iterator[Any]:
-            for spare in super().__iter__():
-                if spares:
-                    self.append(spares.pop())
-                yield spare
-
-    pool._unplaced = Changing([pool._new_connection()])
-    assert cache.stats()["operations"] == 1
-    assert not spares
+def test_no_counter_falls(open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_no_counter_falls(open_cache(maxConnections=1, **PATIENT), monkeypatch)
 
 
 # -- interruptions
@@ -971,13 +956,18 @@ def test_a_primary_without_replicas_is_doubted(
         assert f":{group.primary().port}" in cache._topology.address  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("connecting", "command"), [(2000, PATIENCE * 1000), (6000, 6000)])
 @on_one_server
 def test_silent_sentinels_delay_nothing_for_long(
-    open_cache: OpenCache, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+    open_cache: OpenCache,
+    server: EmbeddedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    connecting: int,
+    command: int,
 ) -> None:
     """Without an answer the connections stay, and the next look comes later."""
     with SentinelGroup(server.binary) as group:
-        cache = open_cache(**group.options, connectTimeout=2000, commandTimeout=PATIENCE * 1000)
+        cache = open_cache(**group.options, connectTimeout=connecting, commandTimeout=command)
         cache.set("a", 1, 1)
         for number in range(len(group.ports)):
             group.pause_sentinel(number)
@@ -1055,6 +1045,23 @@ def test_close_does_not_wait_for_ever(open_cache: OpenCache, proxy: ProxyThread)
                 one.result(PATIENCE)
         with pytest.raises(dscache.ConnectionLost, match=r"closed.*the write may have happened"):
             write.result(PATIENCE)
+
+
+def test_close_does_not_blame_the_server_for_an_attempt_to_connect(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as threads:
+        options = {"host": "127.0.0.1", "port": silent.getsockname()[1], "closeTimeout": 10}
+        cache = dscache.Cache(options, **PATIENT)
+        waiting = threads.submit(cache.get, "a")
+        accepted, _ = silent.accept()
+        with accepted:
+            assert accepted.recv(1)
+            cache.close()
+            with pytest.raises(dscache.ConnectionLost, match="the cache was closed"):
+                waiting.result(PATIENCE)
+    assert cache.stats()["last_loss"] == "the cache was closed"
+    assert not [one.getMessage() for one in caplog.records if one.name == "dscache"]
 
 
 @on_one_server
