@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -87,7 +87,7 @@ class ClusterPool(Pool):
                 try:
                     _cluster(line).close_departed()
                 except BaseException:
-                    self._drop(line)
+                    self.drop(line)
                     raise
                 self._put_back(line)
 
@@ -124,6 +124,10 @@ class ClusterPool(Pool):
 
     def _note_error(self, line: Connection) -> None:
         """Do nothing: the line has recorded the error in the state already."""
+
+    @property
+    def _counting(self) -> AbstractContextManager[object]:
+        return self.state.lock
 
     def _keep_counts(self, line: Connection) -> None:
         _cluster(line).routes.keep_counts()
@@ -175,7 +179,7 @@ class ClusterPool(Pool):
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of all nodes together, and of each under ``nodes``."""
-        with self._lock, self.state.lock:
+        with self._counting:
             lines = [(_cluster(line).routes, line.admitted) for line in self._to_count()]
             infos = list(self.state.nodes.values())
             parts = {one.shown: [counters.merged([one.counts])] for one in infos}

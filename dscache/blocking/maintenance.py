@@ -256,5 +256,5 @@ class Mover:
         finally:
             self.opening.discard(connection)
             if not is_moved:
-                connection.discard()
+                pool.drop(connection)
         return is_moved

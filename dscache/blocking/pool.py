@@ -24,7 +24,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakMethod, ref
@@ -161,7 +161,7 @@ class Pool:
                     self._withdraw(connection)  # type: ignore[unreachable] # other threads set it
         except BaseException:
             if mine and connection is not None:
-                self._drop(connection)
+                self.drop(connection)
             # A traceback may be kept for long, and must not keep the connection's place.
             connection = None
             raise
@@ -240,7 +240,7 @@ class Pool:
                 connection.take_over(spare)
                 self._put_aside(spare)
             except BaseException:
-                self._drop(connection)
+                self.drop(connection)
                 raise
         return connection
 
@@ -285,7 +285,7 @@ class Pool:
             return None
         except BaseException:
             if connection is not None:
-                self._drop(connection)
+                self.drop(connection)
             raise
         finally:
             self._leave(turn)
@@ -328,7 +328,7 @@ class Pool:
         mine = True
         try:
             if connection.retired or self._closing:
-                self._drop(connection)
+                self.drop(connection)
             elif not connection.admitted:
                 self._put_aside(connection)
             else:
@@ -347,7 +347,7 @@ class Pool:
                     self._withdraw(connection)  # type: ignore[unreachable] # other threads set it
         except BaseException:
             if mine:
-                self._drop(connection)
+                self.drop(connection)
             del connection
             raise
 
@@ -370,9 +370,9 @@ class Pool:
                 self._idle.remove(connection)
             except ValueError:
                 return
-            self._drop(connection)
+            self.drop(connection)
 
-    def _drop(self, connection: Connection) -> None:
+    def drop(self, connection: Connection) -> None:
         """End a connection, and free its place."""
         first = not connection.gone
         connection.discard()
@@ -397,15 +397,20 @@ class Pool:
 
     def _count(self, connection: Connection) -> None:
         """Keep the counters of a connection that ends, in one step for ``stats``."""
-        with self._lock:
+        with self._counting:
             if self._uncounted.pop(id(connection), None) is not None:
                 self._keep_counts(connection)
+
+    @property
+    def _counting(self) -> AbstractContextManager[object]:
+        """The lock of the counters that are kept."""
+        return self._lock
 
     def _keep_counts(self, connection: Connection) -> None:
         counters.add(self._info.counts, connection.pipeline.stats(), lasting=True)
 
     def _to_count(self) -> list[Connection]:
-        """Return the connections whose counters aren't kept, while holding the lock."""
+        """Return the connections whose counters aren't kept, while holding ``_counting``."""
         found = []
         for key, held in list(self._uncounted.items()):
             if (connection := held()) is not None:
@@ -498,7 +503,7 @@ class Pool:
     def new_connection(self) -> Connection:
         """Return a connection that no operation has, and that has no place."""
         connection = self._new_connection()
-        with self._lock:
+        with self._counting:
             self._uncounted[id(connection)] = ref(connection)
         return connection
 
@@ -524,7 +529,7 @@ class Pool:
         self._note_success(connection, server)
         self._retire(lambda other: other is not connection)
         if not is_placed and not self._place(connection):
-            self._drop(connection)
+            self.drop(connection)
         moved = None if self._on_moved is None else self._on_moved()
         if moved is not None:
             moved()
@@ -581,7 +586,7 @@ class Pool:
             self._put_back(connection)
         except BaseException:
             if mine and connection is not None:
-                self._drop(connection)
+                self.drop(connection)
             connection = None
             raise
         if problem is not None:
@@ -612,7 +617,7 @@ class Pool:
 
         No counter falls: each connection counts once, whatever its threads do meanwhile.
         """
-        with self._lock:
+        with self._counting:
             kept = counters.merged([self._info.counts])
             connections = self._to_count()
         parts = [counters.of(one.pipeline, one.admitted) for one in connections]

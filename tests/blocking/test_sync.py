@@ -288,6 +288,28 @@ def test_a_waiting_call_gets_the_place_of_a_lost_connection(open_cache: OpenCach
 
 
 @on_one_server
+def test_waiting_until_it_is_ready_loses_no_counters(open_cache: OpenCache) -> None:
+    cache = open_cache(maxConnections=1, **PATIENT)
+    cache.set("a", 1, [1])
+    pool: Any = cache._topology
+    pool._new_pipeline.keywords.update(timeout=0.2)
+    connection = pool._idle.pop()
+    with pytest.raises(dscache.DeadlineExceeded, match="none of the 1"):
+        cache.get("a")
+    with ThreadPoolExecutor(1) as threads:
+        ready = threads.submit(cache.when_ready)
+        until(lambda: pool._waiters)
+        pool._put_back(connection)
+        ready.result(PATIENCE)
+    assert cache.stats()["operations"] == 2
+
+
+@on_one_server
+def test_no_counter_falls(open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_no_counter_falls(open_cache(maxConnections=1, **PATIENT), monkeypatch)
+
+
+@on_one_server
 def test_a_connection_is_not_given_to_a_thread_that_has_left(
     open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,25 +340,44 @@ def test_a_connection_is_not_given_to_a_thread_that_has_left(
 
 
 @on_one_server
-def test_waiting_until_it_is_ready_loses_no_counters(open_cache: OpenCache) -> None:
+def test_no_counter_goes_back_while_threads_wait(open_cache: OpenCache) -> None:
+    """Waiting threads have connections without a place, over which others have waited before."""
     cache = open_cache(maxConnections=1, **PATIENT)
     cache.set("a", 1, [1])
     pool: Any = cache._topology
     pool._new_pipeline.keywords.update(timeout=0.2)
     connection = pool._idle.pop()
     with pytest.raises(dscache.DeadlineExceeded, match="none of the 1"):
-        cache.get("a")
-    with ThreadPoolExecutor(1) as threads:
-        ready = threads.submit(cache.when_ready)
-        until(lambda: pool._waiters)
-        pool._put_back(connection)
-        ready.result(PATIENCE)
-    assert cache.stats()["operations"] == 2
+        cache.get_bulk(["a", "b"])
+    before = cache.stats()
+    assert (before["operations"], before["failed"], before["pending"]) == (2, 2, 0)
+    spare: Any = pool._spare()  # as a thread that waits again
+    spare.pipeline.get("a")
+    now = cache.stats()
+    assert (now["operations"], now["failed"], now["pending"]) == (3, 2, 0)  # it is "waiting"
+    pool.drop(spare)
+    pool._put_back(connection)
 
 
 @on_one_server
-def test_no_counter_falls(open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_no_counter_falls(open_cache(maxConnections=1, **PATIENT), monkeypatch)
+def test_no_counter_goes_back_while_a_connection_ends(
+    open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache()
+    cache.set("a", 1, [1])
+    pool: Any = cache._topology
+    operations = []
+    disconnect = Connection.disconnect
+
+    def disconnect_slowly(connection: Connection) -> None:
+        operations.append(cache.stats()["operations"])
+        disconnect(connection)
+
+    monkeypatch.setattr(Connection, "disconnect", disconnect_slowly)
+    pool._renew()
+    assert operations == [1]
+    assert tuple(cache.get("a")) == (1, [1])
+    assert cache.stats()["operations"] == 2
 
 
 # -- interruptions
