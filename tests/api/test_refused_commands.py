@@ -317,6 +317,28 @@ async def test_a_refusal_within_a_script_is_of_its_record_alone(
     assert sum(written) == 4 - failed
 
 
+@pytest.mark.parametrize("way", ["renamed", "by ACL"])
+async def test_lifetimes_without_msetex(
+    refusing: Refuse, way: str, kind: str, backend: str
+) -> None:
+    """A server that was upgraded knows the command, and its users lack the right to it."""
+    newest = BY_AGE[-1]
+    knows = newest.name.startswith("valkey") and newest.version >= (9, 1)
+    url = refusing(newest, way, *(["msetex"] if knows else []))
+    async with opened(kind, url) as cache:
+        await use(cache, [f"user/{number}" for number in range(20)])
+        names = [f"n{number}" for number in range(3000)]
+        assert await cache.set_bulk(dict.fromkeys(names, (1, "bulk")), ttl=100) == set()
+    async with opened(kind, url) as cache:
+        # Those under way together are refused together.
+        writes = [cache.set(name, 2, "alone", ttl=100) for name in names[:50]]
+        writes.append(cache.set_bulk(dict.fromkeys(names[50:], (2, "bulk")), ttl=200))
+        assert await asyncio.gather(*writes) == [True] * 50 + [set()]
+        assert await cache.head_bulk(names) == dict.fromkeys(names, 2)
+    with redis_py.Redis.from_url(url) as redis:
+        assert 0 < redis.ttl("n0_v") <= 100 < redis.ttl("n50_d") <= 200
+
+
 async def test_fetch_bulk_gives_what_it_found(refusing: Refuse, kind: str, backend: str) -> None:
     """A user that may only read gets the records that are there."""
     url = refusing(BY_AGE[0], "by ACL")
