@@ -42,6 +42,7 @@ class NearClusterFront(NearFront):
         self._nodes: dict[str, NearNode] = {}
         self._by_address: dict[str, NearLink] = {}
         self._wanted = threading.Event()
+        self._has_links = threading.Event()
         self._keeper: threading.Thread | None = None
 
     # -- whose answers are kept
@@ -100,13 +101,22 @@ class NearClusterFront(NearFront):
         start_thread(self._keeper)
         return []
 
+    def when_ready(self) -> None:
+        self._start()
+        self._has_links.wait(self._options.connect_timeout / 1000)
+        super().when_ready()
+
     def _keep(self) -> None:
-        while not self._closed:
-            self._wanted.clear()
-            self._cluster.refresh_slots()
-            self._follow()
-            self._update()
-            self._wanted.wait(_CHECK_EVERY)
+        try:
+            while not self._closed:
+                self._wanted.clear()
+                self._cluster.refresh_slots()
+                self._follow()
+                self._update()
+                self._has_links.set()
+                self._wanted.wait(_CHECK_EVERY)
+        finally:
+            self._has_links.set()  # no caller may wait for a thread that has ended
 
     def _update(self) -> None:
         """Have a link to each primary, and to no other node."""
