@@ -15,6 +15,7 @@ import pytest
 import redis as redis_py
 
 import dscache
+from dscache.admin.doctor.rights import check_rights
 from dscache.embedded import EmbeddedServer, ServerBinary
 from tests.conftest import BY_AGE, OLDEST_AND_NEWEST, PATIENT
 from tests.soak.cluster_rows import CURIOUS, a_name_each
@@ -420,6 +421,21 @@ def test_the_doctor_lists_the_missing_rights(
         user = USER if way == "by ACL" else "default"
         assert f"ACL SETUSER {user} " in rights["advice"]
         assert {f"+{name}" for name in missing} <= {*rights["advice"].replace(",", " ").split()}
+
+
+@pytest.mark.parametrize(
+    ("missing", "effect"),
+    [
+        ("cluster|info", "a failover may be noticed late"),
+        ("cluster|myid", "a failover may be noticed late"),
+        ("cluster|nodes", "scan may fail"),
+        ("strlen", "ttl and guarded writes may fail"),
+    ],
+)
+def test_the_doctor_tells_what_a_missing_right_is_for(missing: str, effect: str) -> None:
+    finding = check_rights([missing, "asking"], USER)
+    assert finding.verdict == "warning"
+    assert finding.advice.startswith(f"{effect}: ACL SETUSER {USER} +{missing} +asking")
 
 
 def test_the_doctor_tells_of_keys_that_are_refused(refusing: Refuse) -> None:
