@@ -292,6 +292,27 @@ async def test_a_script_without_a_command_overwrites_no_newer_record(
                 assert admin.getrange("a_d", 0, -1) == b"[5]"
 
 
+@pytest.mark.parametrize("binary", OLDEST_AND_NEWEST, ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    ("missing", "how"),
+    [
+        ("strlen", {"if_newer": True}),
+        ("pexpiretime", {"if_version": 5, "ttl": dscache.KEEP}),
+        ("time", {"if_version": 5, "ttl": 100}),
+    ],
+    ids=["strlen", "pexpiretime", "time"],
+)
+def test_an_unknown_command_of_a_script_is_named(
+    refusing: Refuse, binary: ServerBinary, missing: str, how: dict[str, Any]
+) -> None:
+    url = refusing(binary, "renamed", missing)
+    with dscache.Cache.from_config(url) as cache:
+        cache.set("a", 5, [5])
+        with pytest.raises(dscache.ReplyError, match=f"called from script: {missing.upper()} "):
+            cache.set("a", 3, "old", **how)
+        assert cache.head("a") == 5
+
+
 @pytest.mark.parametrize("way", ["renamed", "by ACL"])
 @pytest.mark.parametrize("missing", ["pexpiretime", "time", "exists", "mset"])
 async def test_a_refusal_within_a_script_is_of_its_record_alone(
