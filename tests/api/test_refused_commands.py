@@ -379,13 +379,16 @@ async def test_fetch_bulk_gives_what_it_found(refusing: Refuse, kind: str, backe
             await cache.fetch_bulk(["a", "b"], dict.fromkeys, ttl=100)
 
 
-async def test_a_watch_tells_of_a_refused_read(refusing: Refuse, kind: str, backend: str) -> None:
-    url = refusing(BY_AGE[0], "by ACL", "get", "mget")
+@pytest.mark.parametrize("way", ["renamed", "by ACL"])
+async def test_a_watch_tells_of_a_refused_read(
+    refusing: Refuse, way: str, kind: str, backend: str
+) -> None:
+    url = refusing(BY_AGE[0], way, "get", "mget")
     for records in (False, True):
         async with opened(kind, url) as cache:
             change = await first_change_of(kind, cache, records=records)
         assert (change.kind, change.name) == ("damaged", "a")
-        assert f"User {USER} has no permissions to run" in change.reason
+        assert re.search(r"(unknown command|permissions to run the) 'm?get'", change.reason, re.I)
 
 
 async def first_change_of(kind: str, cache: Any, *, records: bool) -> Any:
