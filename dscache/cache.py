@@ -359,8 +359,9 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         without a ``ttl`` it ends.
 
         With a ``type``, ``change`` gets data of that type, and so does the result. The update then
-        removes members that the type doesn't name. If ``change`` returns None, and null doesn't
-        fit the type, the update fails with RecordError, and nothing is written.
+        removes members that the type doesn't name. If the returned data or the ``default`` doesn't
+        fit the type, the update fails with RecordError, and nothing is written. Data of
+        ``msgspec.Raw`` isn't checked.
 
         Updates of one record by one cache run one after the other.
 
@@ -374,7 +375,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         - RecordMissing: the record doesn't exist, and there is no default
         - DeadlineExceeded: other writers or ``change`` took all of the time
         - RecordDamaged: the stored value isn't a record, or doesn't fit the type
-        - RecordError: the new data can't be encoded, or the record has the highest version
+        - RecordError: the new data can't be encoded or doesn't fit the type, or the record has the
+          highest version
         - UsageError: ``change`` updates the same record
         - ConnectionLost, DeadlineExceeded: the write may have happened; the text says so
         """

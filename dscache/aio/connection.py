@@ -33,7 +33,7 @@ from ..net.connect_errors import IF_PLAIN, as_connect_error, permanent_failure
 from ..net.credentials import Hidden, Word
 from ..net.foreign_errors import foreign
 from ..net.handshake import ServerInfo
-from ..net.maintenance import Announcements, Notice
+from ..net.maintenance import Announcements, NewAddress, Notice
 from ..net.slot_table import NodeInfo
 from .background_task import BackgroundTask
 from .deadlines import Deadlines, SureTimer, wait_at_most
@@ -207,6 +207,11 @@ class Connection(LoopBound):
     def address(self) -> str:
         """The address of the server; the last known one, if Sentinels name it."""
         return self._endpoint.address
+
+    @property
+    def new_address(self) -> NewAddress:
+        """The address to which the server has moved."""
+        return self._endpoint.new_address
 
     @property
     def is_ready(self) -> bool:
@@ -451,8 +456,7 @@ class Connection(LoopBound):
             if (cause := foreign(error)) is not None:
                 error = ConnectError(f"it was interrupted by {type(cause).__name__}")
             link.abort(error)
-            self._endpoint.note_useless()
-            self._endpoint.move(None, 0.0)
+            self._endpoint.note_failure()
             self._failed(error)
             self._socket = None
             return False
@@ -480,7 +484,7 @@ class Connection(LoopBound):
             # The near cache believes nothing that the former socket has brought.
             self.pipeline.connection_lost(EndedHere(reason), retry=True)
             link.adopt(self, self.pipeline)
-            self.pipeline.address = address
+            self.pipeline.address = self._endpoint.address = address
             self._socket = link
             self._on_connected(link, greeting)
         except BaseException:
@@ -587,6 +591,7 @@ class Connection(LoopBound):
         self._heartbeat.watch(link)
         self._end_first_attempt(None)
         _logger.info("connected to %s (%s)", self.address, self.server or "server unknown")
+        self._maintenance.on_connected()
         self._flush()
         if self._cluster is not None:
             self._cluster.on_connected(self)
@@ -616,6 +621,8 @@ class Connection(LoopBound):
         self.pipeline.down = said
         self.last_loss = str(said)
         self.refusal = permanent_failure(error, said, self.address)
+        if endpoint.is_at_new_address:
+            self.refusal = None  # the usual address is tried next
         if self.refusal is None:
             self._decided.clear()
         else:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .. import _backend
 from ..config import Options
+from ..core.failures import remedy_of
 from ..errors import ConnectionLost, DscacheError, ReplyError
 from ..net.connect_errors import as_connect_error, connect_failure
+from ..net.maintenance import NewAddress
 from .connection import Connection
 from .endpoint import Endpoint
 from .protocol import SocketProtocol, request, request_greeting
@@ -54,13 +56,15 @@ class ControlConnection:
         options: Options,
         on_push: Callable[[list[Reply]], object] | None = None,
         credentials: CredentialProvider | None = None,
+        new_address: NewAddress | None = None,
     ) -> Self:
         """Connect to the server of these options and log in, within ``connectTimeout``.
 
-        ``on_push`` is called with each RESP3 push. Raises ConnectError if the server can't be
-        reached, and ReplyError if it refuses the handshake.
+        ``on_push`` is called with each RESP3 push. ``new_address`` is that of the cache, whose
+        server may have moved. Raises ConnectError if the server can't be reached, and ReplyError
+        if it refuses the handshake.
         """
-        endpoint = Endpoint(options, credentials)
+        endpoint = Endpoint(options, credentials, new_address=new_address)
         pipeline = _backend.core.Pipeline(
             asyncio.get_running_loop().create_future,
             lambda: None,
@@ -77,6 +81,7 @@ class ControlConnection:
         except BaseException as error:
             link.abort(ConnectionLost("it was closed"))
             if isinstance(error, (OSError, DscacheError)):
+                endpoint.note_failure()
                 tried, in_tls = endpoint.tried, endpoint.in_tls
                 said = as_connect_error(error, options.connect_timeout, tried, in_tls=in_tls)
                 raise connect_failure(error, endpoint.address, said) from error
@@ -141,7 +146,8 @@ class ControlConnection:
         """
         (reply,) = await self.execute_many(command)
         if isinstance(reply, ReplyError):
-            raise ReplyError(reply.message, context=f"{command[0]!s} at {self.address}")
+            context = f"{command[0]!s} at {self.address}{remedy_of(reply.message)}"
+            raise ReplyError(reply.message, context=context)
         return reply
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from ..net.connect_errors import TurnedAway
 from ..net.credentials import Login, without
 from ..net.foreign_errors import foreign
 from ..net.handshake import ClosedHandshakes, ServerInfo, handshake, secrets_of
-from ..net.maintenance import Announcements
+from ..net.maintenance import Address, Announcements, NewAddress
 from ..net.sockets import FAMILIES, SocketConnect, UselessAddresses, tls_handshake, unix_address
 from .credentials import Credentials
 from .resolver import Resolver, connect_to
@@ -47,7 +48,8 @@ class Endpoint:
     ``provider`` has the credentials, if the options don't. ``read_only``, ``is_near`` and
     ``of_cluster`` are those of ``handshake``. The nodes of a cluster share a ``resolver``. With
     ``may_be_proxy``, a server that closes connections at HELLO is tried without it. With
-    ``announcements``, it may be asked to announce its maintenance.
+    ``announcements``, it may be asked to announce its maintenance. ``new_address`` is that of
+    another Endpoint for the same server, which may have moved.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class Endpoint:
         resolver: Resolver | None = None,
         may_be_proxy: bool = False,
         announcements: Announcements | None = None,
+        new_address: NewAddress | None = None,
     ) -> None:
         self._is_near = is_near
         self._announcements = announcements
         self._peer = ""
-        self._moved: tuple[str, int] | None = None
-        self._moved_until = -math.inf
+        self.new_address = new_address or NewAddress()
+        """The address to which the server has moved."""
+        self._moved: Address | None = None
         self._of_cluster = of_cluster
         self._read_only = read_only
         self._options = options
@@ -113,12 +117,22 @@ class Endpoint:
         """Whether the last attempt has come to the TLS handshake, and no further."""
         return self._attempt.in_tls
 
-    def move(self, address: tuple[str, int] | None, until: float) -> None:
-        """Open sockets to another address until then, by the loop's time; None for the usual one.
+    def move(self, address: Address | None, seconds: float) -> None:
+        """Open sockets to another address for so long; None for the usual one.
 
         The usual one may lead to the new server only after a while.
         """
-        self._moved, self._moved_until = address, until
+        self.new_address.set(address, time.monotonic() + seconds)
+
+    @property
+    def is_at_new_address(self) -> bool:
+        """Whether the last attempt to connect was to an address that the server has announced."""
+        return self._moved is not None
+
+    def note_failure(self) -> None:
+        """Have another address tried next, if there are several."""
+        self.note_useless()
+        self.new_address.note_failure(self._moved)
 
     def note_useless(self) -> None:
         """Have the address in use, if it is one of several, tried last."""
@@ -160,11 +174,10 @@ class Endpoint:
             if options.sentinels is not None:
                 host, port = await self._group().locate()
                 self.address = self.named = join_address(host, port)
-            elif self._moved is not None and loop.time() < self._moved_until:
-                host, port = self._moved
-                self.address = join_address(host, port)
             else:
-                self.address = options.address
+                moved = self._moved = self.new_address.get()
+                host, port = moved or (host, port)
+                self.address = options.address if moved is None else join_address(host, port)
             family = FAMILIES[options.family]
             found = await self._resolver.look_up(host, port, family)
             sock = await connect_to(found, self._attempt)

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,6 @@ from ..core.recovery import change_timeout
 from ..errors import ConnectionLost, DscacheError
 from ..net.backoff import full_jitter
 from ..net.maintenance import (
-    LEAST,
     MOVE_PAUSE,
     MOVE_PAUSE_CAP,
     MOVING,
@@ -78,6 +78,8 @@ class Maintenance:
         self._leeway = Leeway(self._usual)
         self._over = SureTimer(self._end_if_over)
         self._task: asyncio.Task[None] | None = None
+        # A move that was announced during the login, and when.
+        self._early: tuple[Notice, float] | None = None
         if announcements is not None:
             node.pipeline.on_push = self._on_push
 
@@ -114,7 +116,7 @@ class Maintenance:
         if seconds is not None:
             self._change(seconds, notice.kind.decode())
         if is_new and notice.kind == MOVING and self._on_slots_moved is None:
-            self._move(notice)
+            self._move(notice, self._loop.time())
         elif is_new and notice.kind in (MOVING, SLOTS_MOVED) and self._on_slots_moved is not None:
             self._on_slots_moved(notice)
 
@@ -150,9 +152,17 @@ class Maintenance:
 
     # -- another address
 
-    def _move(self, notice: Notice) -> None:
+    def on_connected(self) -> None:
+        """Follow the server, if it has announced during the login that it moves."""
+        early, self._early = self._early, None
+        if early is not None and self._announcements is not None:
+            self._move(*early)
+
+    def _move(self, notice: Notice, since: float) -> None:
+        """Follow the server, which has announced at a time of the loop that it moves."""
         link = self._node.link
         if link is None:
+            self._early = notice, since
             return
         if self._task is not None:
             self._task.cancel()
@@ -163,16 +173,17 @@ class Maintenance:
             "its usual address" if notice.endpoint is None else join_address(*notice.endpoint),
         )
         self._task = self._loop.create_task(
-            self._follow_server(notice, link), name=f"dscache moves from {self._node.address}"
+            self._follow_server(notice, since, link),
+            name=f"dscache moves from {self._node.address}",
         )
 
-    async def _follow_server(self, notice: Notice, old: SocketProtocol) -> None:
+    async def _follow_server(self, notice: Notice, since: float, old: SocketProtocol) -> None:
         """Move to the new address in time, unless the old socket is lost before."""
-        until = self._loop.time() + max(notice.seconds, LEAST)
+        until = since + notice.patience
         if notice.endpoint is None:
             # The name leads to the new server only after a while.
-            await asyncio.sleep(notice.seconds / 2)
-        self._endpoint.move(notice.endpoint, until)
+            await asyncio.sleep(since + notice.seconds / 2 - self._loop.time())
+        self._endpoint.move(notice.endpoint, until - self._loop.time())
         failures = 0
         while self._node.link is old and self._loop.time() < until:
             if await self._try_to_move(old, until):
@@ -181,7 +192,8 @@ class Maintenance:
             await asyncio.sleep(full_jitter(MOVE_PAUSE, MOVE_PAUSE_CAP, failures))
 
     async def _try_to_move(self, old: SocketProtocol, until: float) -> bool:
-        node, endpoint = self._node, self._endpoint
+        # The address of the node stays that of the present socket until the other one is in use.
+        node, endpoint = self._node, copy(self._endpoint)
         options = endpoint.options
         pipeline = _backend.core.Pipeline(
             self._loop.create_future,

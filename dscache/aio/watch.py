@@ -81,7 +81,7 @@ class _Watching(LoopBound, Watching[DataT]):
         topology = self._topology
         if isinstance(topology, MemoryNode):
             await topology.when_ready()
-            topology.pipeline.listeners.append(self.changes.note_changed)
+            topology.pipeline.listen(self.changes.note_changed)
             return
         if self._of_primaries.options != self._options:
             # Its reads may be of replicas, or may fill a near cache.
@@ -223,13 +223,15 @@ class _Watching(LoopBound, Watching[DataT]):
         A failure before the reports have begun at first goes to ``ready``.
         """
         changes = self.changes
+        topology = self._topology
+        new_address = topology.new_address if isinstance(topology, Connection) else None
         must_be_primary = bool(options.sentinels) or not isinstance(self._topology, Connection)
         failures = 0
         while not self._closed:
             try:
                 on_push = partial(changes.take_push, address)
                 with closing(
-                    await ControlConnection.open(options, on_push, self.credentials)
+                    await ControlConnection.open(options, on_push, self.credentials, new_address)
                 ) as server:
                     hello, role = await server.execute_many(["HELLO"], ["ROLE"])
                     check_pushes(server.address, hello)

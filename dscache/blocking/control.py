@@ -15,6 +15,7 @@ from ..config import Options
 from ..core.failures import EndedHere
 from ..errors import ConnectionLost, DscacheError, ProtocolError
 from ..net.connect_errors import as_connect_error, connect_failure
+from ..net.maintenance import NewAddress
 from ..net.slot_table import NodeInfo
 from .connection import Connection
 from .connector import Connector
@@ -50,20 +51,26 @@ class ControlConnection(Connection):
         pipeline.on_push = on_push
         super().__init__(pipeline, NodeInfo(options))
 
-    def connect(self, provider: CredentialProvider | None) -> Self:
+    def connect(
+        self, provider: CredentialProvider | None, new_address: NewAddress | None = None
+    ) -> Self:
         """Connect to the server of the options and log in, within ``connectTimeout``.
 
-        Raises ConnectError if the server can't be reached, and ReplyError if it refuses.
+        ``new_address`` is that of the cache, whose server may have moved. Raises ConnectError if
+        the server can't be reached, and ReplyError if it refuses.
         """
         options = self.info.options
         deadline = time.monotonic() + options.connect_timeout / 1000
+        connector = Connector(options, provider, new_address)
+        moved = connector.new_address.get()
         try:
-            self.open(Connector(options, provider), deadline)
+            self.open(connector, deadline)
         except BaseException as error:
             self.discard()
             if not isinstance(error, _FAILURES):
                 raise
             raise_foreign(error)
+            connector.new_address.note_failure(moved)
             said = self._reason or as_connect_error(error, options.connect_timeout)
             raise connect_failure(error, self.pipeline.address, said) from error
         return self

@@ -37,12 +37,10 @@ from ..errors import ConfigError, ProtocolError, ReplyError
 from ..net.backoff import full_jitter
 from ..net.cluster_state import ClusterState
 from ..net.maintenance import (
-    LEAST,
     MOVE_PAUSE,
     MOVE_PAUSE_CAP,
     MOVING,
     SLOTS_MOVED,
-    Address,
     Announcements,
     Leeway,
     NewAddress,
@@ -187,9 +185,10 @@ class Mover:
         pool = self._pool()
         if notice.kind != MOVING or pool is None or self._stopping.is_set():
             return
-        if self._follows_already(notice.endpoint):
-            return
         self._notice = notice
+        if notice.endpoint is not None and notice.endpoint == self._new_address.get():
+            self._new_address.set(notice.endpoint, time.monotonic() + notice.patience)
+            return
         thread = threading.Thread(
             target=self._move, args=(pool, notice), name=f"dscache moves from {pool.address}"
         )
@@ -202,14 +201,6 @@ class Mover:
                 raise
             # The interpreter ends, or the system has no thread left: the next loss moves the pool.
             raise_foreign(error)
-
-    def _follows_already(self, endpoint: Address | None) -> bool:
-        """Whether a move to this address is under way, or done."""
-        if endpoint is not None and endpoint == self._new_address.get():
-            return True
-        thread, notice = self._thread, self._notice
-        is_alive = thread is not None and thread.is_alive()
-        return is_alive and notice is not None and notice.endpoint == endpoint
 
     def stop(self) -> None:
         """End the move under way."""
@@ -232,7 +223,7 @@ class Mover:
 
     def _move(self, pool: Pool, notice: Notice) -> None:
         """Connect to the new address in time, and have all others do so."""
-        until = time.monotonic() + max(notice.seconds, LEAST)
+        until = time.monotonic() + notice.patience
         if notice.endpoint is None:
             # The name leads to the new server only after a while.
             self._stopping.wait(notice.seconds / 2)
@@ -265,5 +256,5 @@ class Mover:
         finally:
             self.opening.discard(connection)
             if not is_moved:
-                connection.discard()
+                pool.drop(connection)
         return is_moved

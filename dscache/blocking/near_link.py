@@ -265,14 +265,16 @@ class NearLink:
         """Connect; return whether the server reports its changes from now on."""
         options = self._options
         deadline = time.monotonic() + options.connect_timeout / 1000
+        new_address = self._connector.new_address
+        moved = new_address.get()
         try:
             connection.open(self._connector, deadline)
             self._on_connected(connection)
         except _FAILURES as error:
-            self._connector.new_address.clear()
+            new_address.note_failure(moved)
             failure = as_connect_error(error, options.connect_timeout)
             address = connection.pipeline.address
-            refusal = permanent_failure(error, failure, address)
+            refusal = permanent_failure(error, failure, address) if moved is None else None
             self.refusal = refusal if self._near.required else None
             if isinstance(error, (OSError, ConnectError, ConnectTimeout)) and refusal is None:
                 self.node.unreachable()

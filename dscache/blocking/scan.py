@@ -160,7 +160,8 @@ class Scan(Iterator[Item]):
                 options = self._options_at(request.node)
             self._node = request.node
             server = self._server = ControlConnection(options)
-            server.connect(self._provider)
+            assert isinstance(self._topology, Pool)
+            server.connect(self._provider, self._topology.new_address)
         return Reply(server, server.request(*request.commands))
 
     def _check_cache(self) -> None:

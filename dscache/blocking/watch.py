@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from .._cache import warn_of_dropped
 from .._forks import after_fork_in_child
-from .._locks import make_lock
 from ..config import Options
 from ..config.address import join_address
 from ..core import typed
+from ..core.failures import remedy_of
 from ..core.record import DataT
 from ..errors import ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from ..net.backoff import full_jitter
+from ..net.maintenance import NewAddress
 from ..net.watch import (
     CHECK_INTERVAL,
     LONGEST_PAUSE,
@@ -73,7 +74,6 @@ class _Watching(Watching[DataT]):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._closing = threading.Event()
-        self._taking = make_lock()
         self._keeper: threading.Thread | None = None
         self.cluster: ClusterPool | None = None
         self.is_dropped = False
@@ -147,8 +147,7 @@ class _Watching(Watching[DataT]):
 
     def next(self) -> BlockingChange[DataT]:
         self._check_process()
-        with self._taking:
-            holder = self._hold()
+        holder = self._hold()
         try:
             found = self._found
             while True:
@@ -189,6 +188,11 @@ class _Watching(Watching[DataT]):
         return typed.with_type(found, self._type)
 
     # -- the servers
+
+    @property
+    def new_address(self) -> NewAddress | None:
+        """The address to which the server of the cache has moved."""
+        return self._topology.new_address if isinstance(self._topology, Pool) else None
 
     def _keep(self) -> None:
         """Listen to the current primaries of a cluster until the watch is closed."""
@@ -328,7 +332,9 @@ class _Listener:
             self._decided.set()
 
     def _is_over(self) -> bool:
-        return self._watching.was_dropped() or self._stopping.is_set()
+        # ``end`` stops the listeners that there are. The keeper may be about to add one.
+        watching = self._watching
+        return watching.was_dropped() or watching.is_closed or self._stopping.is_set()
 
     def _listen(self) -> None:
         failures = 0
@@ -337,7 +343,7 @@ class _Listener:
                 self._options, partial(self._watching.changes.take_push, self._address)
             )
             try:
-                server.connect(self._watching.credentials)
+                server.connect(self._watching.credentials, self._watching.new_address)
                 failures = 0
                 self._follow(server)
             except DscacheError as error:
@@ -363,7 +369,8 @@ class _Listener:
         self._check_role(server, role)
         (reply,) = server.request(changes.tracking)
         if isinstance(reply, ReplyError):
-            raise ReplyError(reply.message, context=f"CLIENT at {server.pipeline.address}")
+            context = f"CLIENT at {server.pipeline.address}{remedy_of(reply.message)}"
+            raise ReplyError(reply.message, context=context)
         self._is_first = False
         self._decided.set()
         self._watching.follow(server.pipeline.address)

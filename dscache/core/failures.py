@@ -308,13 +308,17 @@ def _doubt_of(operation: str) -> str:
     return "; the write may have happened"
 
 
+def _records(count: int) -> str:
+    return f"{count} record" if count == 1 else f"{count} records"
+
+
 def no_answer_in_time(address: str, timeout: float, in_flight: int, operation: str) -> Exception:
     """Return the error of an operation that was sent and not answered in time."""
     harmless = operation.startswith(("get", "head", "read"))
     written = "" if harmless else _doubt_of(operation)
     return DeadlineExceeded(
         f"{operation}: no answer from {address} within {timeout * 1000:.0f} ms "
-        f"(sent; {in_flight} records in flight){written}"
+        f"(sent; {_records(in_flight)} in flight){written}"
     )
 
 
@@ -345,7 +349,7 @@ def never_sent(
     else:
         error = DeadlineExceeded(
             f"{operation}: not sent to {address} {limit} "
-            f"({in_flight} records in flight before it); nothing was done"
+            f"({_records(in_flight)} in flight before it); nothing was done"
         )
     error.__cause__ = down
     return error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from math import inf
 from typing import Any, Final
@@ -122,14 +122,14 @@ class ClusterState(RefreshSchedule):
         return f"cluster of {', '.join(known)}" if known else ""
 
     def stats(
-        self, nodes: dict[str, dict[str, Any]], leaving: Counts, others: Counts
+        self, nodes: dict[str, dict[str, Any]], departed: Counts, others: Counts
     ) -> dict[str, Any]:
         """Return the counters of all connections together, and of each node.
 
-        ``leaving`` are the counters of connections to departed nodes, and ``others`` belong to no
-        node.
+        ``departed`` are the counters of departed nodes, ``past`` among them. ``others`` belong to
+        no node.
         """
-        of_nodes = [self.past, *leaving, *nodes.values()]
+        of_nodes = [*departed, *nodes.values()]
         return {
             **counters.merged([*of_nodes, *others]),
             "connections": sum(one["connections"] for one in nodes.values()),
@@ -324,14 +324,16 @@ class ClusterState(RefreshSchedule):
             self.record_stale()
         return code, named
 
-    def record_moves(self, moves: Iterable[SlotMove]) -> dict[int, NodeInfo]:
+    def record_moves(self, moves: Collection[SlotMove]) -> dict[int, NodeInfo]:
         """Note that slots have moved, as announced; return the new node of each that has.
 
         A slot stays if its known owner isn't the former owner that the announcement names. The
         announcement is then older than the table, or names nodes in another way than CLUSTER SLOTS,
-        and the next refresh decides. A former owner without any slot leaves with the first view
-        that agrees.
+        and the next refresh decides. So it does on slots that go to very many nodes. A former owner
+        without any slot leaves with the first view that agrees.
         """
+        if len({move.target for move in moves}) > _AT_ONCE:
+            moves = ()
         with self.lock:
             owners: dict[int, NodeInfo] = {}
             heirs = dict(self.table.moved)

@@ -133,7 +133,8 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
         return lambda operation: ConnectError(f"{operation}: {shown}")
     if isinstance(error, (ssl.SSLError, ProtocolError)) and not _is_end_of_tls(error):
         kind = ProtocolError if isinstance(error, ProtocolError) else ConnectError
-        return lambda operation: kind(f"{operation}: {address}: {shown}")
+        said = str(shown) if str(shown).startswith(address) else f"{address}: {shown}"
+        return lambda operation: kind(f"{operation}: {said}")
     return None
 
 

@@ -25,7 +25,7 @@ import math
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import Any, Final
 
@@ -95,6 +95,11 @@ class Notice:
     seconds: int = 0
     endpoint: Address | None = None
     moves: tuple[SlotMove, ...] = ()
+
+    @property
+    def patience(self) -> int | float:
+        """How many seconds moving to the new address is tried."""
+        return max(self.seconds, LEAST)
 
 
 class Announcements:
@@ -180,12 +185,16 @@ class Announcements:
         The server at ``address`` sends it over each connection.
         """
         now = time.monotonic()
-        key = notice, "" if notice.kind in _OF_ALL_NODES else address
+        # A repeated one states the time that is left.
+        same = replace(notice, seconds=0)
+        key = same, "" if notice.kind in _OF_ALL_NODES else address
+        # A move that hasn't succeeded within its time may be announced again.
+        seconds = notice.patience if notice.kind == MOVING else _KNOWN_FOR
         with self._lock:
             self._known = {one: until for one, until in self._known.items() if until > now}
             if key in self._known:
                 return False
-            self._known[key] = now + max(_KNOWN_FOR, notice.seconds)
+            self._known[key] = now + seconds
             self._counts[notice.kind.decode()] += 1
             return True
 
@@ -223,26 +232,29 @@ class Announcements:
 
 
 class NewAddress:
-    """The address to which a server has moved, until the configured one leads there, for threads.
+    """The address to which a server has moved, until the configured one leads there.
 
-    Times are those of ``time.monotonic()``.
+    After a failed attempt to connect to one of the two, the other one is tried next. Any thread may
+    use it. Times are those of ``time.monotonic()``.
     """
 
     def __init__(self) -> None:
-        self._now: tuple[Address | None, float] = None, -math.inf
+        self._latest: tuple[Address | None, float] = None, -math.inf
+        self._has_failed = False
 
     def set(self, address: Address | None, until: float) -> None:
         """Use another address until then; None for the configured one."""
-        self._now = address, until
+        self._latest = address, until
+        self._has_failed = False
 
     def get(self) -> Address | None:
         """Return the address to use now; None for the configured one."""
-        address, until = self._now
-        return address if time.monotonic() < until else None
+        address, until = self._latest
+        return None if self._has_failed or time.monotonic() >= until else address
 
-    def clear(self) -> None:
-        """Use the configured address again, since the other one couldn't be reached."""
-        self._now = None, -math.inf
+    def note_failure(self, tried: Address | None) -> None:
+        """Note a failed attempt to connect to the address that ``get`` had returned before it."""
+        self._has_failed = tried is not None and tried == self._latest[0]
 
 
 class Leeway:
@@ -314,6 +326,9 @@ def _moves(value: Any) -> tuple[SlotMove, ...]:
             raise ValueError("no move")
         source, target, slots = move
         moves.append(SlotMove(_endpoint(source), _endpoint(target), tuple(_ranges(slots))))
+    # Each takes a while, so that a faulty node could stop the program for minutes.
+    if sum(last - first + 1 for move in moves for first, last in move.ranges) > SLOTS:
+        raise ValueError("too many slots")
     return tuple(moves)
 
 

@@ -37,6 +37,7 @@ import msgspec
 from ..config import Options
 from ..config.address import join_address
 from ..core.constants import SLOTS, VERSION_SUFFIX
+from ..core.failures import remedy_of
 from ..core.keys import KeyLayout, is_version_key, names_with, slot_of_key
 from ..errors import (
     ConnectError,
@@ -321,7 +322,8 @@ class KeyScan:
         for command, one in zip(commands, reply.replies, strict=True):
             if isinstance(one, ReplyError):
                 words = " ".join(map(str, command[:2] if command[0] == "CLUSTER" else command[:1]))
-                raise ReplyError(one.message, context=f"scan: {words}{node and f' at {node}'}")
+                place = f"{words} at {node}" if node else words
+                raise ReplyError(one.message, context=f"scan: {place}{remedy_of(one.message)}")
         return reply
 
     def _claim(

@@ -20,7 +20,7 @@ from dscache.core.recovery import change_timeout
 from dscache.net.maintenance import KINDS, RELAXED, Announcements, Leeway, Notice, SlotMove, parse
 from tests.conftest import SERVERS, _server_id
 from tests.support.announcer import REFUSAL, SLOTS, Announcer, FakeSlots
-from tests.support.wire import CORES
+from tests.support.wire import CORES, Push, resp
 
 pytestmark = pytest.mark.usefixtures("backend")
 # Nodes are proxies, and not the server.
@@ -134,6 +134,94 @@ async def test_an_address_that_is_not_there_is_no_loss(before: Announcer) -> Non
         assert cache.stats()["reconnections"] == 0
 
 
+async def test_a_move_that_is_announced_during_the_login(
+    before: Announcer, behind: Announcer
+) -> None:
+    """The server is followed once the login is done, before it ends the connection."""
+    before.answer += resp(Push((b"MOVING", 1, 60, behind.address)))
+    async with open_cache(before, maintNotifications="on") as cache:
+        await cache.when_ready()
+        await until(lambda: behind.connections and not before.connections)
+        assert await cache.set("moving", 1, None)
+        assert cache.stats()["maintenance"]["moves"] == 1
+        assert cache.stats()["last_loss"] == ""
+
+
+async def test_a_new_address_that_fails_for_a_moment(before: Announcer, behind: Announcer) -> None:
+    """Once the old server has gone, both addresses are tried in turn."""
+    async with open_cache(before, maintNotifications="on") as cache:
+        await cache.when_ready()
+        behind.greets = False
+        before.push(b"MOVING", 1, 60, behind.address)
+        await until(lambda: behind.accepted)
+        before.greets = False
+        await before.cut()
+        tried = behind.accepted
+        setting = asyncio.ensure_future(cache.set("moving", 1, None))
+        await until(lambda: behind.accepted > tried and before.accepted > 1)
+        behind.greets = True
+        assert await setting
+
+
+async def test_a_new_address_that_refuses(before: Announcer, behind: Announcer) -> None:
+    """Its refusal of the login isn't final: operations wait for the usual address."""
+    behind.answer = REFUSAL
+    async with open_cache(before, maintNotifications="on") as cache:
+        await cache.when_ready()
+        before.push(b"MOVING", 1, 60, behind.address)
+        await until(lambda: behind.requests)
+        assert await cache.set("moving", 1, None)
+        await before.cut()
+        assert await cache.set("moving", 2, None)
+        assert before.accepted == 2
+
+
+async def test_a_watch_follows_a_move(before: Announcer, behind: Announcer) -> None:
+    """It connects to the new address too, while the usual one leads to no server."""
+    async with (
+        open_cache(before, maintNotifications="on") as cache,
+        cache.watch("moving/") as watch,
+    ):
+        before.push(b"MOVING", 1, 600, behind.address)
+        await until(lambda: cache.stats()["maintenance"]["moves"])
+        before.greets = False
+        await before.cut()
+        async with asyncio.timeout(20):
+            while (await anext(watch)).kind != "resumed":
+                pass
+            assert await cache.set("moving/1", 1, None)
+            assert (await anext(watch)).kind == "changed"
+
+
+async def test_a_repeated_announcement_begins_no_other_move(before: Announcer) -> None:
+    """A server that repeats it over the next connection states the time that is left."""
+    async with open_cache(before, maintNotifications="on") as cache:
+        await cache.when_ready()
+        before.answer += resp(Push((b"MOVING", 1, 1, None)))
+        before.push(b"MOVING", 1, 2, None)
+        await until(lambda: cache.stats()["maintenance"]["moves"])
+        assert cache.stats()["maintenance"]["notifications"]["MOVING"] == 1
+        assert before.accepted == 2
+
+
+async def test_the_address_while_another_one_is_tried(
+    before: Announcer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Announcements and a loss are those of the server that is in use."""
+    caplog.set_level(logging.INFO, "dscache")
+    async with open_cache(before, maintNotifications="on") as cache:
+        await cache.when_ready()
+        before.push(b"MOVING", 1, 60, b"127.0.0.1:1")
+        await until(lambda: "can't move to 127.0.0.1:1 yet" in caplog.text)
+        before.push(b"MOVING", 1, 60, b"127.0.0.1:1")
+        assert await cache.set("moving", 1, None)
+        assert cache.stats()["maintenance"]["notifications"]["MOVING"] == 1
+        await before.cut()
+        assert await cache.set("moving", 2, None)
+        assert f"connection to 127.0.0.1:{before.port} lost" in caplog.text
+        assert "connection to 127.0.0.1:1 lost" not in caplog.text
+
+
 async def test_more_time(before: Announcer, caplog: pytest.LogCaptureFixture) -> None:
     """During maintenance, operations have more time, and so have those under way."""
     caplog.set_level(logging.INFO, "dscache")
@@ -180,6 +268,8 @@ async def test_more_time(before: Announcer, caplog: pytest.LogCaptureFixture) ->
         (b"SMIGRATED", 1, [[b"127.0.0.1:1", b"127.0.0.1:2", b"5-1"]]),
         (b"SMIGRATED", 1, [[b"127.0.0.1:1", b"127.0.0.1:2", b"1-16384"]]),
         (b"SMIGRATED", 1, [[b"127.0.0.1:1", b"127.0.0.1:2", b"\xff"]]),
+        (b"SMIGRATED", 1, [[b"127.0.0.1:1", b"127.0.0.1:2", b"0-16383,5"]]),
+        (b"SMIGRATED", 1, [[b"a:1", b"b:2", b"0-16383"], [b"b:2", b"a:1", b"5"]]),
     ],
 )
 def test_malformed(words: tuple[Any, ...], caplog: pytest.LogCaptureFixture) -> None:
@@ -269,6 +359,8 @@ def test_announcements_count_once() -> None:
         False,
         True,
     ]
+    for seconds in (4, 0):
+        assert not announcements.is_new(Notice(b"MIGRATING", 1, seconds), "a:1")
     moved = Notice(b"SMIGRATED", 1)
     assert [announcements.is_new(moved, one) for one in ("a:1", "b:1")] == [True, False]
     counted = announcements.stats()["notifications"]
@@ -394,6 +486,21 @@ async def test_an_old_announcement_moves_nothing(slots: FakeSlots) -> None:
         assert cache.stats()["maintenance"]["notifications"]["SMIGRATED"] == 1
         assert cache.stats()["maintenance"]["moved_slots"] == 0
         assert first.redirected == second.redirected == 0
+
+
+@on_one_server
+async def test_slots_that_go_to_very_many_nodes_stay(slots: FakeSlots) -> None:
+    """A faulty node can't have the cache connect to any number of nodes at once."""
+    first, _, _ = slots.nodes
+    async with open_cluster(slots) as cache:
+        await cache.when_ready()
+        moves = [
+            [first.address, b"127.0.0.2:%d" % (7000 + slot), b"%d" % slot] for slot in range(300)
+        ]
+        first.push(b"SMIGRATED", 1, moves)
+        await until(lambda: cache.stats()["maintenance"]["notifications"]["SMIGRATED"])
+        assert len(cache.stats()["nodes"]) == 2
+        assert cache.stats()["maintenance"]["moved_slots"] == 0
 
 
 @on_one_server

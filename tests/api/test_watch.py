@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,7 +14,9 @@ import pytest
 import redis as redis_py
 
 import dscache
+from dscache.blocking.waiter import BlockingWaiter
 from dscache.core.keys import KeyLayout
+from dscache.core.memory import MemoryPipeline
 from dscache.embedded import EmbeddedServer
 from dscache.errors import ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from tests.conftest import BY_AGE, SERVERS, MakeServer, _server_id
@@ -227,6 +229,20 @@ async def test_in_memory(kind: str, backend: str) -> None:
         # A watch that has ended hears of nothing.
         await cache.do("set", "n/1", 3, {})
         assert await cache.next(watch) is None
+
+
+def test_in_memory_the_end_of_a_watch_hides_no_change_from_others() -> None:
+    pipeline = MemoryPipeline(BlockingWaiter, lambda: None, None)
+    heard: list[str] = []
+
+    def first(names: Iterable[str]) -> None:
+        pipeline.forget(first)  # as the finalizer of a watch does
+
+    pipeline.listen(first)
+    pipeline.listen(heard.extend)
+    pipeline.set("a", 1, {})
+    pipeline.delete("a")
+    assert heard == ["a", "a"]
 
 
 async def test_in_memory_an_expiry_is_told_in_time(kind: str, backend: str) -> None:
@@ -583,6 +599,29 @@ def test_a_struck_thread_ends_the_watch_with_an_error(server: EmbeddedServer) ->
         with pytest.raises(ConnectionLost, match="KeyboardInterrupt has ended a thread"):
             for _ in watch:
                 pass
+
+
+@ON_ONE_SERVER
+def test_a_primary_that_is_found_while_the_watch_ends_gets_no_thread(
+    server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dscache.Cache.from_config(server.url) as cache:
+        watch = cache.watch("n/")
+        watch.__enter__()
+        watching = watch._watching
+        changes = watching.changes
+        lose = changes.lose
+
+        def end_meanwhile(node: str, reason: str) -> None:
+            watch.close()
+            lose(node, reason)
+
+        monkeypatch.setattr(changes, "lose", end_meanwhile)
+        options = cache.config.options
+        watching._follow({options.address: options, "new": options}, is_first=False)
+        thread = watching._listening["new"].thread
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
 
 
 @ON_ONE_SERVER

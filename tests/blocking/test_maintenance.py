@@ -197,6 +197,10 @@ def test_an_address_that_is_not_there_is_no_loss(stage: Stage) -> None:
         assert before.accepted == 1
         assert cache.stats()["reconnections"] == 0
         assert maintenance(cache)["moves"] == 0
+        pool: Any = cache._topology
+        until(lambda: not pool._mover._thread.is_alive())
+        # The counters of the attempts are kept, and don't get lost with their connections.
+        assert [held() for held in pool._uncounted.values()] == list(pool._idle)
 
 
 def test_an_address_that_does_not_answer_delays_nobody(stage: Stage) -> None:
@@ -268,6 +272,109 @@ def test_connections_beyond_the_move_fall_back(stage: Stage) -> None:
         until(lambda: not behind.connections)
         assert cache.set("moving", 2, None)
         assert before.connections == 1
+
+
+def test_a_failure_of_the_usual_address_keeps_the_new_one(stage: Stage) -> None:
+    """An attempt to connect that began before the move says nothing about the new address."""
+    before, behind = stage.server(), stage.server()
+    with open_cache(before, connectTimeout=500) as cache:
+        cache.when_ready()
+        stage.do(before.answers.clear)
+        waiting = [
+            threading.Thread(target=cache.set, args=(f"moving/{number}", 1, None))
+            for number in range(2)
+        ]
+        for thread in waiting:
+            thread.start()
+        until(lambda: before.connections == 2)  # one awaits its reply, the other logs in
+        stage.push(b"MOVING", 1, 60, behind.address, by=before)
+        until(lambda: behind.served)
+        stage.do(before.answers.set)
+        for thread in waiting:
+            thread.join(PATIENCE)
+        assert cache.stats()["failed"] == 0
+        assert cache.stats()["writes"] == 2
+
+
+def test_back_to_the_usual_address(stage: Stage) -> None:
+    """An announcement without an address means the configured one, also soon after a move."""
+    before, behind = stage.server(), stage.server()
+    with open_cache(before) as cache:
+        cache.when_ready()
+        stage.push(b"MOVING", 1, 60, behind.address, by=before)
+        until(lambda: cache.set("moving", 1, None) and maintenance(cache)["moves"] == 1)
+        stage.push(b"MOVING", 2, 0, None, by=behind)
+        until(lambda: cache.set("moving", 2, None) and maintenance(cache)["moves"] == 2)
+        until(lambda: not behind.connections)
+        assert before.connections == 1
+        assert cache.stats()["last_loss"] == ""
+
+
+def test_a_new_address_that_fails_for_a_moment(stage: Stage) -> None:
+    """Once the old server has gone, both addresses are tried in turn."""
+    before, behind = stage.server(), stage.server()
+    with open_cache(before) as cache:
+        cache.when_ready()
+        stage.push(b"MOVING", 1, 60, behind.address, by=before)
+        until(lambda: cache.set("moving", 1, None) and maintenance(cache)["moves"])
+        before.greets = behind.greets = False
+        stage.cut(behind)
+        tried, usual = behind.accepted, before.accepted
+        setting = threading.Thread(target=cache.set, args=("moving", 2, None))
+        setting.start()
+        until(lambda: behind.accepted > tried and before.accepted > usual)
+        behind.greets = True
+        setting.join(PATIENCE)
+        assert cache.stats()["failed"] == 0
+        assert behind.connections == 1
+
+
+def test_a_new_address_that_refuses(stage: Stage) -> None:
+    """Its refusal of the login isn't final: operations wait for the usual address."""
+    before, behind = stage.server(), stage.server()
+    with open_cache(before) as cache:
+        cache.when_ready()
+        stage.push(b"MOVING", 1, 60, behind.address, by=before)
+        until(lambda: cache.set("moving", 1, None) and maintenance(cache)["moves"])
+        behind.answer = REFUSAL
+        stage.cut(behind)
+        assert cache.set("moving", 2, None)
+        assert before.connections == 1
+
+
+def test_a_scan_and_a_watch_follow_a_move(stage: Stage) -> None:
+    """They connect to the new address too, while the usual one leads to no server."""
+    before, behind = stage.server(), stage.server()
+    with open_cache(before) as cache, cache.watch("followed/") as watch:
+        kinds: list[str] = []
+        watching = threading.Thread(target=lambda: kinds.extend(one.kind for one in watch))
+        watching.start()
+        stage.push(b"MOVING", 1, 600, behind.address, by=before)
+        until(lambda: cache.set("followed/1", 1, None) and maintenance(cache)["moves"])
+        before.greets = False
+        stage.cut(before)
+        assert list(cache.scan("followed/")) == ["followed/1"]
+        until(lambda: "resumed" in kinds)
+        kinds.clear()
+        until(lambda: cache.set("followed/1", 2, None) and "changed" in kinds)
+        watch.close()
+        watching.join(PATIENCE)
+
+
+def test_a_move_that_is_put_off(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later announcement of the same address has the pool try it for longer."""
+    monkeypatch.setattr("dscache.net.maintenance.LEAST", 0.2)
+    before, behind = stage.server(), stage.server()
+    behind.greets = False
+    with open_cache(before) as cache:
+        cache.when_ready()
+        for serial, seconds in ((1, 0), (2, 60)):
+            stage.push(b"MOVING", serial, seconds, behind.address, by=before)
+            cache.set("moving", serial, None)
+        until(lambda: maintenance(cache)["notifications"]["MOVING"] == 2)
+        time.sleep(0.5)
+        behind.greets = True
+        until(lambda: maintenance(cache)["moves"] == 1)
 
 
 def test_more_time(stage: Stage) -> None:

@@ -97,7 +97,8 @@ class Announcer:
         self.answers.set()
         self.id = f"{id(self):040x}"
         self._target = host, port
-        self._answer = answer
+        self.answer = answer
+        """The reply to the request for announcements, perhaps with a push behind it."""
         self._slots = slots
         self._tasks: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
         if slots is not None:
@@ -171,7 +172,7 @@ class Announcer:
     def _reply(self, command: list[bytes]) -> bytes | None:
         if command[:2] == [b"CLIENT", b"MAINT_NOTIFICATIONS"]:
             self.requests.append(command)
-            return self._answer
+            return self.answer
         return None if self._slots is None else self._slots.reply(self, command)
 
 
