@@ -499,6 +499,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     ) -> AsyncScan[Any]:
         """Iterate by ``async for`` over all names that begin with a prefix, or their Records.
 
+        The prefix isn't a pattern: a ``*`` in it stands for itself.
+
         The scan finds every name that exists from its beginning to its end, also while slots of a
         cluster move. The scan may find or miss a name that is written or deleted meanwhile. It may
         find a name twice. If only one key of a record exists, the scan finds the name if that is
@@ -564,6 +566,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         type: Any = None,
     ) -> AsyncWatch[Any]:
         """Watch the records whose names begin with a prefix: ``async with``, then ``async for``.
+
+        The prefix isn't a pattern: a ``*`` in it stands for itself.
 
         A change of a record has a ``kind``, the ``name`` and its present ``version``. With
         ``records`` it has the ``record`` too. If a name changes several times before its change is

@@ -474,6 +474,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
     ) -> Scan[Any]:
         """Iterate over all names that begin with a prefix, or over their Records.
 
+        The prefix isn't a pattern: a ``*`` in it stands for itself.
+
         The scan finds every name that exists from its beginning to its end, also while slots of a
         cluster move. The scan may find or miss a name that is written or deleted meanwhile. It may
         find a name twice. If only one key of a record exists, the scan finds the name if that is
@@ -541,6 +543,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         type: Any = None,
     ) -> Watch[Any]:
         """Watch the records whose names begin with a prefix: ``with``, then ``for``.
+
+        The prefix isn't a pattern: a ``*`` in it stands for itself.
 
         A change of a record has a ``kind``, the ``name`` and its present ``version``. With
         ``records`` it has the ``record`` too. If a name changes several times before its change is

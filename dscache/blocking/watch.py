@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from .._cache import warn_of_dropped
 from .._forks import after_fork_in_child
+from .._locks import ReentrantEvent
 from ..config import Options
 from ..config.address import join_address
 from ..core import typed
@@ -66,14 +67,14 @@ class _Watching(Watching[DataT]):
     """A watch whose threads listen to the primaries, each to one."""
 
     _kind = BlockingChange
-    _event = threading.Event
+    _event = ReentrantEvent
     _usage = "with"
     _topology: Pool | MemoryPool
     _found: deque[BlockingChange[DataT]]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._closing = threading.Event()
+        self._closing = ReentrantEvent()
         self._keeper: threading.Thread | None = None
         self.cluster: ClusterPool | None = None
         self.is_dropped = False
@@ -168,10 +169,13 @@ class _Watching(Watching[DataT]):
 
     def _wait(self) -> None:
         """Wait for news; in memory, records end only when their time is looked at."""
+        limit = CHECK_INTERVAL  # an exception or a signal handler can strike the call that wakes it
         topology = self._topology
         if not isinstance(topology, MemoryPool):
-            self._news.wait(CHECK_INTERVAL)  # an exception can strike the call that wakes it
-        elif not self._news.wait(topology.seconds_to_expiry()):
+            self._news.wait(limit)
+            return
+        rest = topology.seconds_to_expiry()
+        if not self._news.wait(limit if rest is None else min(limit, rest)):
             topology.expire()
 
     def _read_names(self, names: list[str]) -> None:
@@ -293,9 +297,9 @@ class _Listener:
         self._is_first = is_first
         self._must_be_primary = bool(options.sentinels) or watching.cluster is not None
         self._connector = Connector(options, watching.credentials)
-        self._decided = threading.Event()
+        self._decided = ReentrantEvent()
         self._error: Exception | None = None
-        self._stopping = threading.Event()
+        self._stopping = ReentrantEvent()
         self._server: ControlConnection | None = None
         self.thread = threading.Thread(
             target=self._run, name=f"dscache watches {address}", daemon=True

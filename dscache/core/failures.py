@@ -229,6 +229,11 @@ _REMEDIES: Final = {
     "NOPERM": "let ACL SETUSER give this user the command and the keys",
     "ACL failure in script": "let ACL SETUSER give this user the command",
     "OOM": "raise maxmemory of the server, or choose a maxmemory-policy that evicts",
+    "MOVED": "it is a node of a cluster, so give nodes in place of host and port",
+    "CROSSSLOT": (
+        "give nodes in place of host and port if it is a node of a cluster, or set proxied: true "
+        "if it is a proxy"
+    ),
     "invalid bulk length": "write less data, or raise proto-max-bulk-len of the server",
     "DB index": (
         "choose a smaller db, or raise the server's number of databases, which is 16 by default"

@@ -240,6 +240,8 @@ REFUSALS = {
     "WRONGPASS invalid username-password pair": "check username and password",
     "NOAUTH Authentication required.": "set password, and username if the server has users",
     "NOPERM User x has no permissions": "let ACL SETUSER give this user the command and the keys",
+    "MOVED 15495 10.0.0.1:7000": "it is a node of a cluster, so give nodes in place of host",
+    "CROSSSLOT Keys in request don't hash to the same slot": "give nodes in place of host and port",
     "OOM command not allowed": "raise maxmemory of the server, or choose a maxmemory-policy that",
     "ERR Protocol error: invalid bulk length": "write less data, or raise proto-max-bulk-len of",
 }

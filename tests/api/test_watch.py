@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
+from types import FrameType
 from typing import Any
 
 import pytest
 import redis as redis_py
 
 import dscache
+from dscache.blocking import watch as blocking_watch
 from dscache.blocking.waiter import BlockingWaiter
 from dscache.core.keys import KeyLayout
 from dscache.core.memory import MemoryPipeline
@@ -510,6 +513,38 @@ async def test_the_end_of_the_block_ends_the_iteration(kind: str, server: Embedd
             await asyncio.sleep(0.05)
             assert not waiting.done()
         assert await waiting is None
+
+
+def test_a_handler_closes_a_watch_at_any_line_of_a_wait(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler runs between two lines of its thread, and so does a trace function."""
+    monkeypatch.setattr(blocking_watch, "CHECK_INTERVAL", 0.05)
+
+    def wait_struck_at(line: int, seen: list[int]) -> None:
+        def trace(frame: FrameType, what: str, _: object) -> Any:
+            if what == "line" and frame.f_code.co_filename in files:
+                seen.append(line)
+                if len(seen) == line:
+                    sys.settrace(None)
+                    watch.close()
+            return trace
+
+        with dscache.Cache({"name": "memory"}) as cache, cache.watch() as watch:
+            sys.settrace(trace)
+            try:
+                assert list(watch) == []
+            finally:
+                sys.settrace(None)
+
+    files = (threading.__file__, blocking_watch.__file__)
+    for line in range(1, 60):  # the first wait takes fewer
+        seen: list[int] = []
+        thread = threading.Thread(target=wait_struck_at, args=(line, seen), daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        assert len(seen) == line
 
 
 async def test_an_unreachable_server(kind: str) -> None:
