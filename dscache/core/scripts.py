@@ -27,33 +27,30 @@ from typing import Final
 SET_SCRIPT: Final = b"""
 local answers = {}
 local now
-local function ask(command, ...)
-  local reply = redis.pcall(command, ...)
-  if type(reply) == 'table' and reply.err and string.find(reply.err, 'nknown') then
-    reply.err = reply.err .. ': ' .. command
-  end
+local function named(reply, command)
+  if string.find(reply.err, 'nknown') then reply.err = reply.err .. ': ' .. command end
   return reply
 end
 local function expiry(ttl)
   if not now then
-    local time = ask('TIME')
-    if time.err then return time end
+    local time = redis.pcall('TIME')
+    if time.err then return named(time, 'TIME') end
     now = time[1] * 1000 + math.floor(time[2] / 1000)
   end
   return string.format('%.0f', now + ttl * 1000)
 end
 local function present(key)
-  local length = ask('STRLEN', key)
+  local length = redis.pcall('STRLEN', key)
   if type(length) == 'table' then
-    return not string.find(length.err, 'WRONGTYPE', 1, true) and length
+    return not string.find(length.err, 'WRONGTYPE', 1, true) and named(length, 'STRLEN')
   end
   if length > 0 then return true end
-  local found = ask('EXISTS', key)
-  return type(found) == 'table' and found or found == 1
+  local found = redis.pcall('EXISTS', key)
+  return type(found) == 'table' and named(found, 'EXISTS') or found == 1
 end
 local function check(k, version, data, guard)
-  local stored = ask('GET', KEYS[k])
-  if type(stored) == 'table' then return stored end
+  local stored = redis.pcall('GET', KEYS[k])
+  if type(stored) == 'table' then return named(stored, 'GET') end
   local mode, expected = string.sub(guard, 1, 1), string.sub(guard, 2)
   local there = stored and present(KEYS[k + 1])
   if type(there) == 'table' then return there end
@@ -121,8 +118,12 @@ for i = 1, records do
   if answer == 1 then
     local at
     if ttl == '-1' then
-      at = ask('PEXPIRETIME', keys[k])
-      if type(at) == 'number' then at = at > 0 and string.format('%.0f', at) end
+      at = redis.pcall('PEXPIRETIME', keys[k])
+      if type(at) == 'table' then
+        at = named(at, 'PEXPIRETIME')
+      else
+        at = at > 0 and string.format('%.0f', at)
+      end
     elseif ttl ~= '0' then
       at = expiry(ttl)
     end
