@@ -57,6 +57,8 @@ _PORT_DIGITS: Final = 5
 _REFUSED_FOR: Final = 3600.0
 # An announcement that arrives again within this time, in seconds, is the same one.
 _KNOWN_FOR: Final = 120.0
+# The most announcements that are remembered.
+_MOST_KNOWN: Final = 1000
 # Refusals that say nothing about the command.
 _UNTOLD: Final = (*PASSING, "NOAUTH")
 # A slot, or a range of slots.
@@ -191,9 +193,12 @@ class Announcements:
         # A move that hasn't succeeded within its time may be announced again.
         seconds = notice.patience if notice.kind == MOVING else _KNOWN_FOR
         with self._lock:
-            self._known = {one: until for one, until in self._known.items() if until > now}
-            if key in self._known:
+            if self._known.get(key, now) > now:
                 return False
+            self._known.pop(key, None)
+            if len(self._known) >= _MOST_KNOWN:
+                # A faulty server announces without end: the older half is forgotten.
+                self._known = dict(list(self._known.items())[_MOST_KNOWN // 2 :])
             self._known[key] = now + seconds
             self._counts[notice.kind.decode()] += 1
             return True

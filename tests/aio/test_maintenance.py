@@ -370,6 +370,15 @@ def test_announcements_count_once() -> None:
     }
 
 
+def test_announcements_without_end() -> None:
+    """Of a server that announces all the time, few announcements are remembered."""
+    announcements = Announcements(Options())
+    for serial in range(2500):
+        assert announcements.is_new(Notice(b"MIGRATING", serial), "a:1")
+    assert not announcements.is_new(Notice(b"MIGRATING", 2499), "a:1")
+    assert announcements.is_new(Notice(b"MIGRATING", 0), "a:1")
+
+
 def test_leeway() -> None:
     """More time begins once, and ends with any end or by itself."""
     leeway = Leeway(1.0)
