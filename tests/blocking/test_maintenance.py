@@ -341,18 +341,18 @@ def test_a_new_address_that_refuses(stage: Stage) -> None:
 def test_a_scan_and_a_watch_follow_a_move(stage: Stage) -> None:
     """They connect to the new address too, while the usual one leads to no server."""
     before, behind = stage.server(), stage.server()
-    with open_cache(before) as cache, cache.watch("moving/") as watch:
+    with open_cache(before) as cache, cache.watch("followed/") as watch:
         kinds: list[str] = []
         watching = threading.Thread(target=lambda: kinds.extend(one.kind for one in watch))
         watching.start()
         stage.push(b"MOVING", 1, 600, behind.address, by=before)
-        until(lambda: cache.set("moving/1", 1, None) and maintenance(cache)["moves"])
+        until(lambda: cache.set("followed/1", 1, None) and maintenance(cache)["moves"])
         before.greets = False
         stage.cut(before)
-        assert list(cache.scan("moving/")) == ["moving/1"]
+        assert list(cache.scan("followed/")) == ["followed/1"]
         until(lambda: "resumed" in kinds)
         kinds.clear()
-        until(lambda: cache.set("moving/1", 2, None) and "changed" in kinds)
+        until(lambda: cache.set("followed/1", 2, None) and "changed" in kinds)
         watch.close()
         watching.join(PATIENCE)
 
