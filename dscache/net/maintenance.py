@@ -114,7 +114,8 @@ class Announcements:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._refused_until = -math.inf
+        # Until when each IP address isn't asked again.
+        self._refused_until: dict[str, float] = {}
         self._complained = False
         self._lock = make_lock()
         self._known: dict[tuple[Notice, str], float] = {}
@@ -138,7 +139,7 @@ class Announcements:
         mode = self._options.maint_notifications
         if mode == "off":
             return None
-        if mode == "auto" and (self._is_plain(peer) or time.monotonic() < self._refused_until):
+        if mode == "auto" and (self._is_plain(peer) or self._has_refused(peer)):
             return None
         kind = _endpoint_type(host, peer)
         return ["CLIENT", "MAINT_NOTIFICATIONS", "ON", "moving-endpoint-type", kind]
@@ -150,10 +151,13 @@ class Announcements:
         found = _ip(peer)
         return found is None or found.is_loopback
 
-    def note(self, code: str | None) -> None:
-        """Note the reply: None for consent, or the code of an error."""
+    def _has_refused(self, peer: str) -> bool:
+        return time.monotonic() < self._refused_until.get(peer, -math.inf)
+
+    def note(self, code: str | None, peer: str) -> None:
+        """Note the reply from an IP address: None for consent, or the code of an error."""
         if code is not None and code not in _UNTOLD:
-            self._refused_until = time.monotonic() + _REFUSED_FOR
+            self._refused_until[peer] = time.monotonic() + _REFUSED_FOR
 
     def read(self, push: list[Any], address: str) -> Notice | None:
         """Return the announcement in a push; None for any other, or one that is malformed.

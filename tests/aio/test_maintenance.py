@@ -317,10 +317,12 @@ def test_request(options: dict[str, Any], peer: str, kind: str | None) -> None:
 
 def test_refusal_is_remembered() -> None:
     announcements = Announcements(Options(host="records.test"))
-    announcements.note("LOADING")
+    announcements.note("LOADING", "8.8.8.8")
     assert announcements.request("records.test", "8.8.8.8")
-    announcements.note("ERR")
+    announcements.note("ERR", "8.8.8.8")
     assert announcements.request("records.test", "8.8.8.8") is None
+    # Another server, or another node of a cluster, may announce.
+    assert announcements.request("records.test", "8.8.4.4")
 
 
 async def test_refusal_of_what_is_required(server: Any) -> None:
