@@ -157,7 +157,9 @@ class Announcements:
     def note(self, code: str | None, peer: str) -> None:
         """Note the reply from an IP address: None for consent, or the code of an error."""
         if code is not None and code not in _UNTOLD:
-            self._refused_until[peer] = time.monotonic() + _REFUSED_FOR
+            now = time.monotonic()
+            still = {one: until for one, until in self._refused_until.items() if until > now}
+            self._refused_until = {**still, peer: now + _REFUSED_FOR}
 
     def read(self, push: list[Any], address: str) -> Notice | None:
         """Return the announcement in a push; None for any other, or one that is malformed.
