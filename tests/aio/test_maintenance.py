@@ -176,6 +176,19 @@ async def test_a_new_address_that_refuses(before: Announcer, behind: Announcer) 
         assert before.accepted == 2
 
 
+async def test_a_new_address_that_ends_logins(before: Announcer, behind: Announcer) -> None:
+    """It says nothing about the usual address, as the end of a login by a proxy would."""
+    behind.ends_at = b"HELLO"
+    async with open_cache(before, maintNotifications="on") as cache:
+        await cache.when_ready()
+        before.push(b"MOVING", 1, 60, behind.address)
+        await until(lambda: behind.accepted >= 3)
+        await before.cut()
+        assert await cache.set("moving", 1, None)
+        assert before.accepted == 2
+        assert len(before.requests) == 2
+
+
 async def test_a_watch_follows_a_move(before: Announcer, behind: Announcer) -> None:
     """It connects to the new address too, while the usual one leads to no server."""
     async with (

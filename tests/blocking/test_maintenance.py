@@ -338,6 +338,20 @@ def test_a_new_address_that_refuses(stage: Stage) -> None:
         assert before.connections == 1
 
 
+def test_a_new_address_that_ends_logins(stage: Stage) -> None:
+    """It says nothing about the usual address, as the end of a login by a proxy would."""
+    before, behind = stage.server(), stage.server()
+    behind.ends_at = b"HELLO"
+    with open_cache(before) as cache:
+        cache.when_ready()
+        stage.push(b"MOVING", 1, 60, behind.address, by=before)
+        until(lambda: cache.set("moving", 1, None) and behind.accepted >= 3)
+        stage.cut(before)
+        assert cache.set("moving", 2, None)
+        assert before.accepted == 2
+        assert len(before.requests) == 2
+
+
 def test_a_scan_and_a_watch_follow_a_move(stage: Stage) -> None:
     """They connect to the new address too, while the usual one leads to no server."""
     before, behind = stage.server(), stage.server()

@@ -92,6 +92,8 @@ class Announcer:
         """The pause before each command of records, in seconds."""
         self.greets = True
         """Whether it answers on new connections; it ends them otherwise."""
+        self.ends_at = b""
+        """The command at which it ends a connection."""
         self.answers = asyncio.Event()
         """Set while it answers; otherwise it is silent."""
         self.answers.set()
@@ -170,6 +172,8 @@ class Announcer:
                 del self._tasks[writer]
 
     def _reply(self, command: list[bytes]) -> bytes | None:
+        if command[0] == self.ends_at:
+            raise ConnectionError
         if command[:2] == [b"CLIENT", b"MAINT_NOTIFICATIONS"]:
             self.requests.append(command)
             return self.answer
