@@ -143,7 +143,12 @@ class Announcer:
         assert task is not None
         self._tasks[writer] = task
         self.accepted += 1
-        server, out = await asyncio.open_connection(*self._target)
+        try:
+            server, out = await asyncio.open_connection(*self._target)
+        except BaseException:
+            del self._tasks[writer]  # cut before it has served
+            writer.transport.abort()
+            raise
         commands, replies = hiredis.Reader(), _Replies()
         try:
             while (data := await client.read(65536)) and self.greets:
