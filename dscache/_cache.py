@@ -145,7 +145,11 @@ class CacheBase(Generic[NodesT]):
 
     @property
     def is_ready(self) -> bool:
-        """Whether the server, or every primary of a cluster, is connected: bool."""
+        """Whether the server, or every primary of a cluster, is connected: bool.
+
+        An AsyncCache that was opened connects again by itself. A Cache connects only for an
+        operation or ``when_ready``, so a probe of a Cache must call ``when_ready``.
+        """
         return self._topology is not None and self._topology.is_ready
 
     @property

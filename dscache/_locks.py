@@ -1,4 +1,4 @@
-"""The locks of everything that threads share."""
+"""The locks and events of everything that threads share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import _thread
 import sys
 import threading
 
-__all__ = ["make_lock"]
+__all__ = ["ReentrantEvent", "make_lock"]
 
 _LOSES_LOCKS = sys.version_info[:2] == (3, 14)
 
@@ -35,3 +35,16 @@ def make_lock() -> threading.RLock:
     """Return a new reentrant lock: of gevent, if it has replaced those of the standard library."""
     lock = threading.RLock()
     return _Lock() if _LOSES_LOCKS and type(lock) is _thread.RLock else lock
+
+
+class ReentrantEvent(threading.Event):
+    """An event that a signal handler can set while its own thread waits for the event.
+
+    The lock of ``threading.Event`` isn't reentrant: the handler would wait for it for ever. A
+    thread that is struck just before it begins to wait doesn't see that the event is set, so it
+    waits for the whole time. Such a wait needs a limit.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cond = threading.Condition(make_lock())

@@ -25,7 +25,7 @@ class CommandImports:
     """
 
     def __enter__(self) -> None:
-        self._is_command = _is_command_line()
+        self._is_command = is_command_line()
         self._ends = False
         if self._is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             try:
@@ -52,7 +52,7 @@ def _end(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def _is_command_line() -> bool:
+def is_command_line() -> bool:
     """Return whether this process is ``dscache`` or ``python -m dscache``."""
     words = getattr(sys, "argv", None) or [""]  # an embedded Python may have none
     program = os.path.basename(words[0])

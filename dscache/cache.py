@@ -359,8 +359,9 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         without a ``ttl`` it ends.
 
         With a ``type``, ``change`` gets data of that type, and so does the result. The update then
-        removes members that the type doesn't name. If ``change`` returns None, and null doesn't
-        fit the type, the update fails with RecordError, and nothing is written.
+        removes members that the type doesn't name. If the returned data or the ``default`` doesn't
+        fit the type, the update fails with RecordError, and nothing is written. Data of
+        ``msgspec.Raw`` isn't checked.
 
         Updates of one record by one cache run one after the other.
 
@@ -374,7 +375,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         - RecordMissing: the record doesn't exist, and there is no default
         - DeadlineExceeded: other writers or ``change`` took all of the time
         - RecordDamaged: the stored value isn't a record, or doesn't fit the type
-        - RecordError: the new data can't be encoded, or the record has the highest version
+        - RecordError: the new data can't be encoded or doesn't fit the type, or the record has the
+          highest version
         - UsageError: ``change`` updates the same record
         - ConnectionLost, DeadlineExceeded: the write may have happened; the text says so
         """
@@ -497,6 +499,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
     ) -> AsyncScan[Any]:
         """Iterate by ``async for`` over all names that begin with a prefix, or their Records.
 
+        The prefix isn't a pattern: a ``*`` in it stands for itself.
+
         The scan finds every name that exists from its beginning to its end, also while slots of a
         cluster move. The scan may find or miss a name that is written or deleted meanwhile. It may
         find a name twice. If only one key of a record exists, the scan finds the name if that is
@@ -562,6 +566,8 @@ class AsyncCache(CacheBase[Topology], AsyncResource):
         type: Any = None,
     ) -> AsyncWatch[Any]:
         """Watch the records whose names begin with a prefix: ``async with``, then ``async for``.
+
+        The prefix isn't a pattern: a ``*`` in it stands for itself.
 
         A change of a record has a ``kind``, the ``name`` and its present ``version``. With
         ``records`` it has the ``record`` too. If a name changes several times before its change is

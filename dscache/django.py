@@ -152,7 +152,9 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
         self._location = location
         self._options = options
         self._key = repr((location, sorted(options.items())))
-        self._open()
+        # Django makes a backend for each request in some servers. A file is read once.
+        if self._key not in _shared:
+            self._open()
 
     def _open(self) -> _Entries:
         source = self._location
@@ -314,7 +316,8 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
     def clear(self) -> None:
         """Remove the values of this KEY_PREFIX, in all versions; other records remain.
 
-        Raises ImproperlyConfigured if a KEY_FUNCTION gives names that have no common beginning.
+        Raises ImproperlyConfigured if a KEY_FUNCTION gives names that have no common beginning, or
+        one that doesn't depend on KEY_PREFIX although the names do.
         """
         samples = [self.key_func(key, self.key_prefix, of) for key, of in (("a", "0"), ("b", "1"))]
         prefix = common_prefix(samples)
@@ -322,6 +325,13 @@ class RecordCache(BaseCache):  # type: ignore[misc] # Django has no types
             raise ImproperlyConfigured(
                 "CACHES: clear() would remove every record, as the names of KEY_FUNCTION have no "
                 "common beginning; let them begin with KEY_PREFIX"
+            )
+        other = self.key_func("a", f"-{self.key_prefix}", "0")
+        if self.key_prefix and samples[0] != other and other.startswith(prefix):
+            raise ImproperlyConfigured(
+                f"CACHES: clear() would remove every record below {shorten(prefix)}, also of other "
+                "KEY_PREFIXes, as the names of KEY_FUNCTION have no other common beginning; let "
+                "them begin with KEY_PREFIX"
             )
         entries = self._entries
         names: list[str] = []

@@ -191,7 +191,8 @@ class EmbeddedServer:
             )
         if type(port) is not int or not 0 <= port <= 65535:
             raise UsageError(f"EmbeddedServer: port must be an int from 0 to 65535, not {port!r}")
-        if isinstance(args, str) or not all(isinstance(one, (str, os.PathLike)) for one in args):
+        words = () if isinstance(args, str) else tuple(args)  # which reads an iterator once
+        if isinstance(args, str) or not all(isinstance(one, (str, os.PathLike)) for one in words):
             raise UsageError(
                 'EmbeddedServer: args must be a list of texts, such as ["--maxmemory", "100mb"]'
             )
@@ -204,7 +205,7 @@ class EmbeddedServer:
         self.port = port
         self._unix_socket = unix_socket
         self._tls = tls
-        self._args = tuple(args)
+        self._args = words
         self._directory: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: subprocess.Popen[bytes] | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sized
 from functools import partial, wraps
 from itertools import accumulate
 from time import perf_counter
@@ -77,12 +77,21 @@ def observe(
     """
     check_cache("observe", cache)
     check_label("observe", name, "meter_provider")
-    provider = meter_provider or metrics_api.get_meter_provider()
+    _instruments_of(meter_provider or metrics_api.get_meter_provider()).add(cache, name)
+
+
+def _instruments_of(provider: MeterProvider) -> _Instruments:
+    """Return the instruments of a provider, which are made at the first call."""
     instruments = _observed.get(provider)
+    if instruments is None and provider is metrics_api.get_meter_provider():
+        # Until the program sets the global provider, OpenTelemetry has a stand-in for it. The
+        # stand-in passes its instruments on, and a second one of the same name would be ignored.
+        stand_ins = [one for one in _observed if type(one).__name__ == "_ProxyMeterProvider"]
+        instruments = _observed[stand_ins[0]] if stand_ins else None
     if instruments is None:
-        meter = provider.get_meter(NAMESPACE, __version__, _SCHEMA)
-        instruments = _observed[provider] = _Instruments(meter)
-    instruments.add(cache, name)
+        instruments = _Instruments(provider.get_meter(NAMESPACE, __version__, _SCHEMA))
+    _observed[provider] = instruments
+    return instruments
 
 
 class _Instruments:
@@ -232,17 +241,23 @@ class _Wrappers(ABC, Generic[_CallT]):
         assert own is not None
         inner = own
         is_bulk = operation in _BULK
+        parameter = "records" if operation == "set_bulk" else "names"
 
         @wraps(inner)
         def call(*arguments: Any, **options: Any) -> Any:
             if self._stopped or not self._is_wanted():
                 return inner(*arguments, **options)
             size = None
-            if is_bulk and arguments:
-                many, *others = arguments
-                if not hasattr(many, "__len__"):
+            if is_bulk and (arguments or parameter in options):
+                many = arguments[0] if arguments else options[parameter]
+                if isinstance(many, Iterable) and not isinstance(many, Sized):
                     many = list(many)  # an iterator can be read only once
-                arguments, size = (many, *others), len(many)
+                    if arguments:
+                        arguments = (many, *arguments[1:])
+                    else:
+                        options[parameter] = many
+                if isinstance(many, Sized):
+                    size = len(many)
             # By the conventions, a batch of one operation is a single operation.
             begun = self._begin(operation, is_bulk and size != 1, size)
             try:
@@ -265,7 +280,12 @@ class _Wrappers(ABC, Generic[_CallT]):
         return call
 
     def _settled(self, call: _CallT, operation: str, future: asyncio.Future[Any]) -> None:
-        error = asyncio.CancelledError() if future.cancelled() else future.exception()
+        if future.cancelled():
+            error: BaseException | None = asyncio.CancelledError()
+        else:
+            # Its exception() would count as the caller's, and asyncio reports an error that no
+            # caller has looked at.
+            error = future._exception
         if error is None:
             self._end(call, operation, future.result())
         else:

@@ -54,11 +54,17 @@ def register(
             f"register: registry must be a CollectorRegistry, not {type(registry).__name__}"
         )
     collector = _registered.get(registry)
-    if collector is None:
+    if collector is None or not _is_in(registry, collector):
         collector = _registered[registry] = CacheCollector()
         registry.register(collector)
     collector.add(cache, name)
     return collector
+
+
+def _is_in(registry: CollectorRegistry, collector: CacheCollector) -> bool:
+    """Return whether a registry still has a collector: a program may have unregistered it."""
+    # No public method tells.
+    return collector in getattr(registry, "_collector_to_names", (collector,))
 
 
 class CacheCollector(Collector):
@@ -86,7 +92,10 @@ class CacheCollector(Collector):
         check_cache("add", cache)
         check_label("add", name, "registry")
         if self._caches.setdefault(name, cache) is not cache:
-            raise ValueError(f'a cache "{name}" already exists; give each cache its own name')
+            raise ValueError(
+                f'a cache "{name}" is registered already; give each cache its own name, or call '
+                f"remove({name!r}) of the collector first, which register returns"
+            )
 
     def remove(self, name: str) -> None:
         """Stop exporting the cache of that name, if there is one."""

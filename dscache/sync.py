@@ -316,8 +316,9 @@ class Cache(CacheBase[Pool | MemoryPool]):
         without a ``ttl`` it ends.
 
         With a ``type``, ``change`` gets data of that type, and so does the result. The update then
-        removes members that the type doesn't name. If ``change`` returns None, and null doesn't
-        fit the type, the update fails with RecordError, and nothing is written.
+        removes members that the type doesn't name. If the returned data or the ``default`` doesn't
+        fit the type, the update fails with RecordError, and nothing is written. Data of
+        ``msgspec.Raw`` isn't checked.
 
         Updates of one record by one cache run one after the other.
 
@@ -331,7 +332,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         - RecordMissing: the record doesn't exist, and there is no default
         - DeadlineExceeded: other writers or ``change`` took all of the time
         - RecordDamaged: the stored value isn't a record, or doesn't fit the type
-        - RecordError: the new data can't be encoded, or the record has the highest version
+        - RecordError: the new data can't be encoded or doesn't fit the type, or the record has the
+          highest version
         - UsageError: ``change`` is async, or updates the same record
         - ConnectionLost, DeadlineExceeded: the write may have happened; the text says so
         """
@@ -404,6 +406,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         return None if record is None else typed.with_type(record, type_)
 
     def _typed_get_bulk(self, names: Iterable[str], type_: Any) -> dict[str, Record]:
+        if isinstance(names, (str, bytes)):
+            raise failures.bad_names("get_bulk", names)
         typed.check_type(type_)
         records: Mapping[str, Record]
         errors: Mapping[str, Exception] = {}
@@ -469,6 +473,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         type: Any = None,
     ) -> Scan[Any]:
         """Iterate over all names that begin with a prefix, or over their Records.
+
+        The prefix isn't a pattern: a ``*`` in it stands for itself.
 
         The scan finds every name that exists from its beginning to its end, also while slots of a
         cluster move. The scan may find or miss a name that is written or deleted meanwhile. It may
@@ -537,6 +543,8 @@ class Cache(CacheBase[Pool | MemoryPool]):
         type: Any = None,
     ) -> Watch[Any]:
         """Watch the records whose names begin with a prefix: ``with``, then ``for``.
+
+        The prefix isn't a pattern: a ``*`` in it stands for itself.
 
         A change of a record has a ``kind``, the ``name`` and its present ``version``. With
         ``records`` it has the ``record`` too. If a name changes several times before its change is
@@ -805,20 +813,10 @@ class Cache(CacheBase[Pool | MemoryPool]):
                 raise failures.closed("cache")
             if self._topology is None:
                 self._pid = os.getpid()
-                options = self._config.options
-                if self._config.name == "memory":
-                    self._topology = MemoryPool(options)
-                elif options.nodes:
-                    from .blocking.cluster_pool import ClusterPool  # needed by clusters alone
-
-                    self._topology = ClusterPool(self._config, self._credentials)
-                elif options.sentinels:
-                    from .blocking.sentinel_pool import SentinelPool
-
-                    self._topology = SentinelPool(options, self._credentials)
-                else:
-                    self._topology = Pool(options, self._credentials)
-                self._near = self._make_near()
+                topology = self._make_topology()
+                # In this order: whatever strikes here, or forks, no pool goes without a near cache.
+                self._near = self._make_near(topology)
+                self._topology = topology
             run: _Run = self._topology.run
             if self._near is not None:
                 run = self._near.run
@@ -835,10 +833,25 @@ class Cache(CacheBase[Pool | MemoryPool]):
             self._run = run
             return run
 
-    def _make_near(self) -> NearFront | None:
+    def _make_topology(self) -> Pool | MemoryPool:
+        """Return the connections to the server or the cluster, or the records in memory."""
+        options = self._config.options
+        if self._config.name == "memory":
+            return MemoryPool(options)
+        if options.nodes:
+            from .blocking.cluster_pool import ClusterPool  # needed by clusters alone
+
+            return ClusterPool(self._config, self._credentials)
+        if options.sentinels:
+            from .blocking.sentinel_pool import SentinelPool
+
+            return SentinelPool(options, self._credentials)
+        return Pool(options, self._credentials)
+
+    def _make_near(self, topology: Pool | MemoryPool) -> NearFront | None:
         """Return the near cache, if there is one, and if primaries are read."""
         options = self._config.options
-        if options.near_cache is None or not isinstance(self._topology, Pool):
+        if options.near_cache is None or not isinstance(topology, Pool):
             return None
         from .blocking.near_cache import NearFront  # most programs have none
 
@@ -847,11 +860,11 @@ class Cache(CacheBase[Pool | MemoryPool]):
                 return None
             from .blocking.near_cluster import NearClusterFront
 
-            return NearClusterFront(self._topology, self._config, self._credentials)
+            return NearClusterFront(topology, self._config, self._credentials)
         if options.sentinels and options.role == "slave":
             return None
         if options.near_cache.shared:
             from .blocking.near_host import HostFront
 
-            return HostFront(self._topology, options, self._credentials)
-        return NearFront(self._topology, options, self._credentials)
+            return HostFront(topology, options, self._credentials)
+        return NearFront(topology, options, self._credentials)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import msgspec
 
 from ..cache import AsyncCache
 from ..core import tolerant_json
+from ..errors import BulkError, RecordError
 from . import ndjson
 from .restore import ImportFile
 
@@ -20,7 +22,14 @@ _BATCH = 1000
 
 
 class Records(Protocol):
-    """A place of records, in any order; a name that comes twice counts as it came last."""
+    """A place of records, in any order; a name that comes twice counts as it came last.
+
+    Attributes:
+        damaged: The errors of records that can't be compared, by name, once all have been read.
+    """
+
+    @property
+    def damaged(self) -> Mapping[str, Exception]: ...
 
     def __aiter__(self) -> AsyncIterator[tuple[str, int, bytes]]: ...
 
@@ -44,15 +53,31 @@ class Difference:
 
 
 class StoredRecords:
-    """The records of a cache whose names begin with a prefix: name, version and JSON text."""
+    """The records of a cache whose names begin with a prefix: name, version and JSON text.
+
+    Attributes:
+        damaged: The errors of damaged records, by name, which are left out.
+    """
 
     def __init__(self, cache: AsyncCache, prefix: str) -> None:
+        self.damaged: dict[str, Exception] = {}
         self._cache = cache
         self._prefix = prefix
 
     async def __aiter__(self) -> AsyncIterator[tuple[str, int, bytes]]:
-        async for record in self._cache.scan(self._prefix, records=True):
-            yield record.name, record.version, record.raw
+        scan = self._cache.scan(self._prefix, records=True)
+        while True:
+            try:
+                record = await anext(scan)
+            except StopAsyncIteration:
+                return
+            except BulkError as error:
+                for name, reason in error.errors.items():
+                    if not isinstance(reason, RecordError):
+                        raise reason from None
+                    self.damaged[name] = reason
+            else:
+                yield record.name, record.version, record.raw
 
 
 class ExportedRecords:
@@ -60,6 +85,8 @@ class ExportedRecords:
 
     Raises RecordError for a line that isn't a record, and OSError.
     """
+
+    damaged: Mapping[str, Exception] = MappingProxyType({})
 
     def __init__(self, file: Path, prefix: str) -> None:
         self._file = file
@@ -79,7 +106,7 @@ def _text_of(data: object) -> bytes:
 
 
 async def compare(left: Records, right: Records) -> AsyncIterator[Difference]:
-    """Yield the differences between two places, in no order.
+    """Yield the differences between two places, in no order; none of a damaged record.
 
     Keeps the name, version and digest of each record of the left place in memory. Data is equal
     if its JSON is, whatever the white space and the order of keys.
@@ -94,11 +121,12 @@ async def compare(left: Records, right: Records) -> AsyncIterator[Difference]:
             seen[name] = None
         else:
             seen[name] = Difference(name, known[0], version)
-    for difference in seen.values():
-        if difference is not None:
+    damaged = {*left.damaged, *right.damaged}
+    for name, difference in seen.items():
+        if difference is not None and name not in damaged:
             yield difference
     for name, (version, _) in there.items():
-        if name not in seen:
+        if name not in seen and name not in damaged:
             yield Difference(name, version, None)
 
 

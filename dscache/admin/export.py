@@ -11,7 +11,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -93,11 +93,12 @@ class Target:
         """Return the state of an unfinished export, or a new one if there is none.
 
         With ``restart`` it removes the files of the unfinished one. Raises DscacheError if the
-        state can't be read.
+        state can't be read, or if that export still runs.
         """
         if restart:
-            self._state.unlink(missing_ok=True)
-            self._partial.unlink(missing_ok=True)
+            with self._locked() if self._partial.exists() else nullcontext():
+                self._state.unlink(missing_ok=True)
+                self._partial.unlink(missing_ok=True)
         found = read_state(self._state, ExportState) if self._partial.exists() else None
         return found or ExportState(of)
 
@@ -107,14 +108,7 @@ class Target:
 
         Raises DscacheError if another export writes it, or if it is shorter than the state.
         """
-        # Not "wb": that would empty a file that another export is writing.
-        with errors_of(self._partial), self._partial.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise DscacheError(
-                    f"{self.path}: another export is writing it; wait until it ends"
-                ) from None
+        with self._locked() as file:
             if file.seek(0, io.SEEK_END) < state.size:
                 raise DscacheError(
                     f"{self._partial}: it is shorter than before; start over with --restart"
@@ -123,13 +117,29 @@ class Target:
             file.seek(state.size)
             yield Sink(file, compressed=self.path.suffix == ".gz", durable=True)
 
+    @contextmanager
+    def _locked(self) -> Iterator[BinaryIO]:
+        """Open the partial file as the only export. Raises DscacheError if there is another."""
+        # Not "wb": that would empty a file that another export is writing.
+        with errors_of(self._partial), self._partial.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Another export may have renamed or removed it since it was opened here.
+                is_mine = os.path.samestat(os.fstat(file.fileno()), self._partial.stat())
+            except OSError:
+                is_mine = False
+            if not is_mine:
+                raise DscacheError(f"{self.path}: another export is writing it; wait until it ends")
+            yield file
+
     def save(self, state: ExportState) -> None:
         """Save the state."""
         write_state(self._state, state)
 
     def finish(self) -> None:
-        """Rename the partial file to its final name, and remove the state."""
-        self._partial.replace(self.path)
+        """Rename the partial file, which is still open, to its final name; remove the state."""
+        with errors_of(self.path):
+            self._partial.replace(self.path)
         self._state.unlink(missing_ok=True)
 
 

@@ -119,12 +119,23 @@ def _decode_tolerantly(text: bytes, refusal: Exception) -> Line:
             f'it is not a record, which is {{"name":...,"version":...,"data":...}}: '
             f"{_fault(value) or error}"
         ) from refusal
+    if "\ufffd" in line.name and not _is_utf8(text):
+        # Different names would become the same one.
+        raise RecordError(f"record {shorten(line.name)}: its name is not UTF-8")
     if match := _AS_WRITTEN.fullmatch(text):
         # Encoded again, the text would differ, or be nested too deeply.
         with suppress(ValueError):
             tolerant_json.decode(match[1])
             line.data = msgspec.Raw(match[1])
     return line
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _fault(value: object) -> str:

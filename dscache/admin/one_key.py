@@ -14,6 +14,7 @@ import msgspec
 
 from ..aio.control import Reply
 from ..core import tolerant_json
+from ..core.failures import refuses
 from ..core.keys import is_version_key, partner
 from ..errors import ReplyError, shorten
 from . import progress
@@ -68,29 +69,40 @@ def parse(value: bytes) -> tuple[int, bytes] | None:
     return (version, raw) if 0 <= version <= _MAX_VERSION else None
 
 
-async def find_keys(primaries: Primaries, keys: Sequence[bytes]) -> list[bytes]:
+async def find_keys(
+    primaries: Primaries, keys: Sequence[bytes], refusals: list[str] | None = None
+) -> list[bytes]:
     """Return the keys whose value begins like a record of deepstream 1 to 3.
 
-    The data of a record under two keys may begin so too: it isn't among them.
+    The data of a record under two keys may begin so too: it isn't among them. With ``refusals``,
+    keys that the user may not read aren't either, and a refusal of GETRANGE itself goes there.
     """
     found = [
         key
-        for key, head in zip(keys, await _heads(primaries, keys), strict=True)
+        for key, head in zip(keys, await _heads(primaries, keys, refusals), strict=True)
         if head.startswith(_HEADS)
     ]
     data = [key for key in found if key.endswith(b"_d") and not is_version_key(key)]
-    versions = await _heads(primaries, [partner(key) for key in data])
+    versions = await _heads(primaries, [partner(key) for key in data], refusals)
     of_two = {key for key, head in zip(data, versions, strict=True) if _DECIMAL.fullmatch(head)}
     return [key for key in found if key not in of_two]
 
 
-async def _heads(primaries: Primaries, keys: Sequence[bytes]) -> list[bytes]:
+async def _heads(
+    primaries: Primaries, keys: Sequence[bytes], refusals: list[str] | None = None
+) -> list[bytes]:
     """Return the first bytes of the values of keys; none of a key that is absent or no text."""
     commands = [(key, ("GETRANGE", key, 0, _HEAD_SIZE - 1)) for key in keys]
-    return [_text(reply) for reply in await primaries.execute_by_key(commands)]
+    return [_text(reply, refusals) for reply in await primaries.execute_by_key(commands)]
 
 
-def _text(reply: Reply) -> bytes:
+def _text(reply: Reply, refusals: list[str] | None = None) -> bytes:
+    if refusals is not None and isinstance(reply, ReplyError):
+        if refuses("getrange", reply):
+            refusals.append(reply.message)
+            return b""
+        if reply.code == "NOPERM":
+            return b""
     if isinstance(reply, ReplyError) and reply.code not in _MOVING:
         raise reply
     return reply if isinstance(reply, bytes) else b""

@@ -160,10 +160,10 @@ class Cluster(LoopBound, NodeListener):
         self._give_up()
 
     def stats(self) -> dict[str, Any]:
-        # Of copies, since another thread may call this, such as that of a monitoring system.
-        nodes = {shown: node.stats() for shown, node in list(self.nodes.by_address.items())}
-        leaving = [node.stats() for node in list(self.nodes.leaving)]
-        stats = self.state.stats(nodes, leaving, self._routing.stats())
+        current, leaving, past = self.nodes.counted()
+        nodes = {shown: node.stats() for shown, node in current.items()}
+        departed = [past, *(node.stats() for node in leaving)]
+        stats = self.state.stats(nodes, departed, self._routing.stats())
         if self._near is not None:
             stats["near_cache"] = self._near.stats()
         if self._announcements is not None:

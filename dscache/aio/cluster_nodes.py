@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from typing import Any
 
+from ..core import stats as counters
 from ..core.constants import SLOTS
 from ..net.cluster_state import ClusterState
 from ..net.slot_table import NodeInfo, Shard
@@ -51,14 +53,28 @@ class ClusterNodes:
 
     def leave(self, node: Connection) -> None:
         """Close a connection once its commands in flight are answered."""
-        del self.by_address[node.info.shown]
 
         async def close() -> None:
             await node.close()
-            del self.leaving[node]
-            self._state.keep_counts(None, node.stats())
+            with self._state.lock:  # one step for counted()
+                del self.leaving[node]
+                self._state.keep_counts(None, node.stats())
 
-        self.leaving[node] = asyncio.create_task(close(), name=f"dscache {node.address}")
+        closing = asyncio.create_task(close(), name=f"dscache {node.address}")
+        with self._state.lock:
+            del self.by_address[node.info.shown]
+            self.leaving[node] = closing
+
+    def counted(self) -> tuple[dict[str, Connection], list[Connection], dict[str, Any]]:
+        """Return the current nodes, those that leave, and the counters of those that have left.
+
+        Another thread may call this, such as that of a monitoring system. Each node is in one of
+        the three.
+        """
+        past: dict[str, Any] = {}
+        with self._state.lock:
+            counters.add(past, self._state.past)
+            return self.by_address.copy(), list(self.leaving), past
 
     async def close(self) -> None:
         closing = [node.close() for node in self.by_address.values()]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .. import _backend
 from ..config import Options
+from ..core.failures import remedy_of
 from ..errors import ConnectionLost, DscacheError, ReplyError
 from ..net.connect_errors import as_connect_error, connect_failure
 from ..net.maintenance import NewAddress
@@ -145,7 +146,8 @@ class ControlConnection:
         """
         (reply,) = await self.execute_many(command)
         if isinstance(reply, ReplyError):
-            raise ReplyError(reply.message, context=f"{command[0]!s} at {self.address}")
+            context = f"{command[0]!s} at {self.address}{remedy_of(reply.message)}"
+            raise ReplyError(reply.message, context=context)
         return reply
 
     def close(self) -> None:

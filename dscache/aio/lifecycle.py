@@ -108,7 +108,10 @@ def running_loop(owner: str) -> asyncio.AbstractEventLoop:
     except RecursionError:  # a RuntimeError too
         raise
     except RuntimeError:
-        raise UsageError(f"{owner} opens on the event loop that runs, and none does") from None
+        raise UsageError(
+            f"{owner} opens on the event loop that runs, and none does; call it in a coroutine, "
+            "such as the main() of asyncio.run(main())"
+        ) from None
 
 
 def check_process(pid: int, owner: str) -> None:
@@ -126,7 +129,13 @@ def check_loop(loop: asyncio.AbstractEventLoop, owner: str) -> None:
     except RuntimeError:
         running = None
     if running is not loop:
+        if running:
+            place, remedy = "another one", "open one in each loop"
+        else:
+            place, remedy = "outside of it", "call it in a coroutine that runs on that loop"
+            if owner == "an AsyncCache":
+                remedy += ", or use a Cache in threads"
         raise UsageError(
-            f"{owner} belongs to the event loop it was opened on, and was used from "
-            f"{'another one' if running else 'outside of it'}; open one in each loop"
+            f"{owner} belongs to the event loop it was opened on, and was used from {place}; "
+            f"{remedy}"
         )

@@ -19,7 +19,7 @@ from ..core.loading import Do, Failed, Load, LoadEach, Outcome, Pause, Step
 from ..core.notes import note_of
 from ..core.refreshes import Batch, Refresh, RefreshQueue
 from ..core.typed import TypedRead
-from ..errors import BulkError, ConnectionLost, DscacheError, shorten
+from ..errors import BulkError, ConnectionLost, DscacheError, ReplyError, shorten
 
 _Loader: TypeAlias = Callable[[tuple[str, ...]], Coroutine[Any, Any, object]]
 _Key: TypeAlias = Hashable
@@ -97,7 +97,10 @@ class Loads:
         if not missing:
             return records
         begun = self._begin(missing, loading.load_missing(missing, terms), load, entry)
-        outcome = await self._outcome_of(*begun)
+        try:
+            outcome = await self._outcome_of(*begun)
+        except ReplyError as error:
+            raise loading.refusal_of_missing(error, missing, records) from None
         self.checks.keep_missing(outcome.nothing)
         records |= {name: loading.another(one) for name, one in outcome.records.items()}
         records = {name: records[name] for name in names if name in records}

@@ -81,7 +81,7 @@ class _Watching(LoopBound, Watching[DataT]):
         topology = self._topology
         if isinstance(topology, MemoryNode):
             await topology.when_ready()
-            topology.pipeline.listeners.append(self.changes.note_changed)
+            topology.pipeline.listen(self.changes.note_changed)
             return
         if self._of_primaries.options != self._options:
             # Its reads may be of replicas, or may fill a near cache.

@@ -97,6 +97,8 @@ class ClusterConnection:
             return False
         if node.pipeline.in_flight:
             node.give_up()
+        elif node.pipeline.away:
+            node.check()
         return True
 
     def run_until_done(self, outcome: BlockingWaiter, closing: Closing) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -87,7 +87,7 @@ class ClusterPool(Pool):
                 try:
                     _cluster(line).close_departed()
                 except BaseException:
-                    self._drop(line)
+                    self.drop(line)
                     raise
                 self._put_back(line)
 
@@ -125,7 +125,11 @@ class ClusterPool(Pool):
     def _note_error(self, line: Connection) -> None:
         """Do nothing: the line has recorded the error in the state already."""
 
-    def _count(self, line: Connection) -> None:
+    @property
+    def _counting(self) -> AbstractContextManager[object]:
+        return self.state.lock
+
+    def _keep_counts(self, line: Connection) -> None:
         _cluster(line).routes.keep_counts()
 
     def reset_after_fork(self) -> None:
@@ -175,12 +179,18 @@ class ClusterPool(Pool):
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of all nodes together, and of each under ``nodes``."""
-        routes = [_cluster(line).routes for line in (*self._present(), *self._unplaced)]
-        infos = list(self.state.nodes.values())
-        parts: dict[str, list[dict[str, Any]]] = {one.shown: [one.counts] for one in infos}
+        with self._counting:
+            lines = [(_cluster(line).routes, line.admitted) for line in self._to_count()]
+            infos = list(self.state.nodes.values())
+            parts = {one.shown: [counters.merged([one.counts])] for one in infos}
+            past: dict[str, Any] = {}
+            counters.add(past, self.state.past)
+            found = [
+                (*item, admitted) for one, admitted in lines for item in list(one.nodes.items())
+            ]
         connected: Counter[str] = Counter()
-        for shown, node in [item for one in routes for item in list(one.nodes.items())]:
-            parts.setdefault(shown, []).append(node.pipeline.stats())
+        for shown, node, admitted in found:
+            parts.setdefault(shown, []).append(counters.of(node.pipeline, admitted))
             connected[shown] += node.ready
         nodes = {
             shown: {**counters.merged(of_node), "connections": connected[shown]}
@@ -188,10 +198,10 @@ class ClusterPool(Pool):
         }
         for info in infos:
             nodes[info.shown] |= {**info.connections(), "last_loss": info.last_loss}
-        others = [*(one.stats() for one in routes), {"overloaded": self._overloads}]
+        others = [*(counters.of(*line) for line in lines), {"overloaded": self._overloads}]
         return {
             "waiting": len(self._waiters),
-            **self.state.stats(nodes, (), others),
+            **self.state.stats(nodes, (past,), others),
             "maintenance": self.announcements.stats(),
         }
 

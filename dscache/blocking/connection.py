@@ -431,6 +431,7 @@ class Connection:
         if self._holder is not None:
             tried, in_tls = self._holder.tried, self._holder.in_tls
             self._holder.note_useless()
+        error = self._reason or error
         failure = as_connect_error(error, timeout, tried, in_tls=in_tls)
         if isinstance(error, ConnectTimeout) and timeout < self._least_telling:
             # The attempts before it have used up the time, and their error tells more.
@@ -438,7 +439,7 @@ class Connection:
         self.disconnect()
         self.pipeline.connection_lost(error, True)
         self.pipeline.down = failure
-        if str(failure) != str(self.info.trouble):
+        if self._reason is None and str(failure) != str(self.info.trouble):
             _logger.warning("can't connect to %s: %s", self.info.shown, failure)
         refusal = permanent_failure(error, failure, self.pipeline.address)
         self._record_failure(failure, refusal)

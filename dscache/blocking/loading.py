@@ -19,7 +19,7 @@ from ..core.holder import GLANCE, Holder
 from ..core.loading import Do, Load, Outcome, Pause, Step
 from ..core.notes import note_of
 from ..core.refreshes import MOST_REFRESHES
-from ..errors import BulkError, DscacheError
+from ..errors import BulkError, DscacheError, ReplyError
 
 _Loader: TypeAlias = Callable[[tuple[str, ...]], object]
 _Run: TypeAlias = Callable[..., Any]
@@ -104,9 +104,12 @@ class Loads:
         missing = [name for name in names if name not in found]
         if not missing:
             return records
-        outcome, is_own = self._fly(
-            False, missing, lambda: loading.load_missing(missing, terms), load, run
-        )
+        try:
+            outcome, is_own = self._fly(
+                False, missing, lambda: loading.load_missing(missing, terms), load, run
+            )
+        except ReplyError as error:
+            raise loading.refusal_of_missing(error, missing, records) from None
         self.checks.keep_missing(outcome.nothing)
         for name, one in outcome.records.items():
             records[name] = one if is_own else loading.another(one)

@@ -270,5 +270,5 @@ class Mover:
         finally:
             self.opening.discard(connection)
             if not is_moved:
-                connection.discard()
+                pool.drop(connection)
         return is_moved

@@ -52,7 +52,7 @@ class MemoryPool:
     def listen(self, listener: Callable[[Iterable[str]], object]) -> None:
         """Have a function called with the names of records that change; it must not block."""
         with self._lock:
-            self._pipeline.listeners.append(listener)
+            self._pipeline.listen(listener)
 
     def forget(self, listener: Callable[[Iterable[str]], object]) -> None:
         """Remove a listener; does nothing if it isn't there."""

@@ -85,28 +85,40 @@ class NearClusterFront(NearFront):
         return owners
 
     def _node_at(self, shown: str) -> NearNode:
-        node = self._nodes.get(shown)
-        if node is None:
-            node = self._nodes[shown] = self.core.node()
-        return node
+        # The lock: the link and the slots must have the same one.
+        with self._lock:
+            node = self._nodes.get(shown)
+            if node is None:
+                node = self._nodes[shown] = self.core.node()
+            return node
 
     # -- the links
 
     def _make_links(self) -> list[NearLink]:
         if self._keeper is None:
-            self._keeper = threading.Thread(
-                target=self._keep, name="dscache keeps the links", daemon=True
-            )
+            self._keeper = self._make_keeper()
         start_thread(self._keeper)
         return []
 
-    def _keep(self) -> None:
-        while not self._closed:
-            self._wanted.clear()
-            self._cluster.refresh_slots()
-            self._follow()
-            self._update()
-            self._wanted.wait(_CHECK_EVERY)
+    def _make_keeper(self, pause: float = 0.0) -> threading.Thread:
+        return threading.Thread(
+            target=self._keep, args=(pause,), name="dscache keeps the links", daemon=True
+        )
+
+    def _keep(self, pause: float) -> None:
+        """Keep the links after a pause in seconds; if an exception ends it, another thread does."""
+        try:
+            self._wanted.wait(pause)
+            while not self._closed:
+                self._wanted.clear()
+                self._cluster.refresh_slots()
+                self._follow()
+                self._update()
+                self._wanted.wait(_CHECK_EVERY)
+        finally:
+            if not self._closed:
+                self._keeper = self._make_keeper(_CHECK_EVERY)
+                start_thread(self._keeper)
 
     def _update(self) -> None:
         """Have a link to each primary, and to no other node."""

@@ -216,7 +216,8 @@ class HostFront(NearFront):
 
     def _make_links(self) -> list[NearLink]:
         near = self._options.near_cache
-        segment = Segment(self.core, self._options)
+        # Known from here on, so that its files are closed when the cache is, or in a forked child.
+        segment = self._segment = self._segment or Segment(self.core, self._options)
         try:
             segment.attach()
         except ConfigError as error:
@@ -225,7 +226,6 @@ class HostFront(NearFront):
                 raise
             _logger.warning("%s", error)
             return []
-        self._segment = segment
         return [
             HostLink(
                 self._options,

@@ -51,6 +51,14 @@ _NAMESPACES: Final = ("net", "mnt", "time")
 
 _segments: WeakSet[Segment] = WeakSet()
 
+# Held while files are opened and closed. So a fork comes before or after, and the child can close
+# all files of its parent: with an open one, it would also keep the parent's locks. The child
+# inherits the lock, held by the thread that has forked.
+_opening = make_lock()
+os.register_at_fork(
+    before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_opening.release
+)
+
 
 class Segment:
     """The files of a near cache as one process uses them; ``core`` has the entries."""
@@ -73,7 +81,7 @@ class Segment:
         """Begin to use the segment, which is made if there is none. Raises ConfigError."""
         limit = time.monotonic() + _PATIENCE
         try:
-            while not (self._join() or self._publish()):
+            while not self._open():
                 if time.monotonic() > limit:
                     raise self._error("is not given free by other processes")
                 time.sleep(_GLANCE)
@@ -84,7 +92,7 @@ class Segment:
     def detach(self) -> None:
         """Leave the segment, and remove its files if no other process uses them."""
         _segments.discard(self)
-        with self._lock:
+        with _opening, self._lock:
             self._core.detach()
             files, self._files = self._files, []
             self._owner = -1
@@ -118,6 +126,12 @@ class Segment:
                 fcntl.flock(self._owner, fcntl.LOCK_UN)
 
     # -- helpers
+
+    def _open(self) -> bool:
+        """Use the segment that there is, or a new one; return whether this process uses one now."""
+        with _opening:
+            # An exception may have struck the thread that has opened it.
+            return bool(self._files) or self._join() or self._publish()
 
     def _join(self) -> bool:
         """Use the segment that there is; return whether there was one to use."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Final
 
+from ..core.constants import LEFT_FOR
 from ..core.failures import EndedHere, ErrorOf
 from ..errors import DscacheError, ProtocolError
 from ..net.backoff import pause_while_waiting
@@ -69,8 +70,16 @@ class NodeConnection(Connection):
         Otherwise the result of a write would be unknown.
         """
         if self.ready and not (self.pipeline.in_flight or self.unsent):
+            if self.pipeline.away:
+                self._log_in_again()
             return self.is_open()
         return self.ready
+
+    def _log_in_again(self) -> None:
+        """End a socket whose login the node has ended."""
+        reason = EndedHere(LEFT_FOR[self.pipeline.away])
+        self.pipeline.away = ""
+        self._lose(reason)
 
     def flush(self) -> None:
         """Send the output, as far as the socket takes it."""

@@ -24,7 +24,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakMethod, ref
@@ -70,6 +70,19 @@ class Asked(str):
     identity: str | None = None
 
 
+class _Turn:
+    """A thread that waits for a connection. ``given`` gets one, or None for a place to look for.
+
+    ``is_left``: whether the thread waits no longer.
+    """
+
+    __slots__ = ("given", "is_left")
+
+    def __init__(self) -> None:
+        self.given: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
+        self.is_left = False
+
+
 class Pool:
     """The connections to one server; a ``provider`` gives the credentials of each."""
 
@@ -87,11 +100,12 @@ class Pool:
         )
         self._connector = Connector(options, provider)
         self._idle: deque[Connection] = deque()
-        # Connections without a place, whose operation another connection has taken over. A list
-        # can be copied while other threads change it; a deque then raises.
+        # Connections without a place, whose operation another connection has taken over.
         self._unplaced: list[Connection] = []
-        self._waiters: deque[queue.SimpleQueue[Connection | None]] = deque()
+        self._waiters: deque[_Turn] = deque()
         self._connections: list[ref[Connection]] = []
+        # All connections whose counters aren't kept yet, with and without a place, by id.
+        self._uncounted: dict[int, ref[Connection]] = {}
         # A signal handler may use the cache while its thread is in the middle of anything.
         self._lock = make_lock()
         self._closed = False
@@ -147,7 +161,7 @@ class Pool:
                     self._withdraw(connection)  # type: ignore[unreachable] # other threads set it
         except BaseException:
             if mine and connection is not None:
-                self._drop(connection)
+                self.drop(connection)
             # A traceback may be kept for long, and must not keep the connection's place.
             connection = None
             raise
@@ -185,7 +199,7 @@ class Pool:
             while (connection := self._unplaced.pop()).gone:
                 pass
             return connection
-        return self._new_connection()
+        return self.new_connection()
 
     def _new_connection(self) -> Connection:
         return self._prepared(Connection(self._new_pipeline(), self._info))
@@ -226,7 +240,7 @@ class Pool:
                 connection.take_over(spare)
                 self._put_aside(spare)
             except BaseException:
-                self._drop(connection)
+                self.drop(connection)
                 raise
         return connection
 
@@ -243,7 +257,7 @@ class Pool:
 
     def _wait(self, spare: Connection, deadline: float) -> Connection | None:
         """Wait for a connection that is put back, or for a place; return None at the deadline."""
-        turn: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
+        turn = _Turn()
         connection: Connection | None = None
         try:
             while not self._closing:
@@ -263,7 +277,7 @@ class Pool:
                 if rest <= 0:
                     return None
                 try:
-                    connection = turn.get(timeout=min(rest, _GLANCE))
+                    connection = turn.given.get(timeout=min(rest, _GLANCE))
                 except queue.Empty:
                     continue
                 if connection is not None:
@@ -271,24 +285,38 @@ class Pool:
             return None
         except BaseException:
             if connection is not None:
-                self._drop(connection)
+                self.drop(connection)
             raise
         finally:
             self._leave(turn)
 
-    def _leave(self, turn: queue.SimpleQueue[Connection | None]) -> None:
+    def _leave(self, turn: _Turn) -> None:
         """Stop waiting, and pass on a connection that was given meanwhile."""
-        try:
+        turn.is_left = True
+        with suppress(ValueError):
             self._waiters.remove(turn)
-        except ValueError:
-            while not turn.empty():
-                given = turn.get_nowait()
-                if given is not None:
-                    self._put_back(given)
-                elif (following := self._call_next()) is not None:
-                    following.put(None)
+        self._take_back(turn)
 
-    def _call_next(self) -> queue.SimpleQueue[Connection | None] | None:
+    def _give(self, turn: _Turn, connection: Connection | None) -> None:
+        """Give a connection, or None for a place to look for, to a thread that waits."""
+        turn.given.put(connection)
+        # Behind that: a thread that leaves later finds it, and one that has left doesn't look.
+        if turn.is_left:
+            self._take_back(turn)
+
+    def _take_back(self, turn: _Turn) -> None:
+        """Pass on what a thread was given that waits no longer."""
+        while True:
+            try:
+                given = turn.given.get_nowait()
+            except queue.Empty:
+                return
+            if given is not None:
+                self._put_back(given)
+            elif (following := self._call_next()) is not None:
+                self._give(following, None)
+
+    def _call_next(self) -> _Turn | None:
         """Return the turn that has waited longest, or None."""
         try:
             return self._waiters.popleft()
@@ -300,7 +328,7 @@ class Pool:
         mine = True
         try:
             if connection.retired or self._closing:
-                self._drop(connection)
+                self.drop(connection)
             elif not connection.admitted:
                 self._put_aside(connection)
             else:
@@ -309,7 +337,7 @@ class Pool:
                 # From here on another thread may have it.
                 mine = False
                 if turn is not None:
-                    turn.put(connection)  # its thread drops it if it is retired by now
+                    self._give(turn, connection)  # its thread drops it if it is retired by now
                     return
                 if is_ready:
                     self._idle.append(connection)
@@ -319,7 +347,7 @@ class Pool:
                     self._withdraw(connection)  # type: ignore[unreachable] # other threads set it
         except BaseException:
             if mine:
-                self._drop(connection)
+                self.drop(connection)
             del connection
             raise
 
@@ -342,9 +370,9 @@ class Pool:
                 self._idle.remove(connection)
             except ValueError:
                 return
-            self._drop(connection)
+            self.drop(connection)
 
-    def _drop(self, connection: Connection) -> None:
+    def drop(self, connection: Connection) -> None:
         """End a connection, and free its place."""
         first = not connection.gone
         connection.discard()
@@ -354,7 +382,7 @@ class Pool:
             with self._lock:
                 self._prune()
             if (turn := self._call_next()) is not None:
-                turn.put(None)
+                self._give(turn, None)
 
     def _prune(self) -> None:
         """Forget the connections that have ended."""
@@ -368,10 +396,28 @@ class Pool:
         return [one for one in connections if one is not None and not one.gone]
 
     def _count(self, connection: Connection) -> None:
-        """Keep the counters of a connection that ends."""
-        counts = connection.pipeline.stats()
-        with self._lock:
-            counters.add(self._info.counts, counts, lasting=True)
+        """Keep the counters of a connection that ends, in one step for ``stats``."""
+        with self._counting:
+            if self._uncounted.pop(id(connection), None) is not None:
+                self._keep_counts(connection)
+
+    @property
+    def _counting(self) -> AbstractContextManager[object]:
+        """The lock of the counters that are kept."""
+        return self._lock
+
+    def _keep_counts(self, connection: Connection) -> None:
+        counters.add(self._info.counts, connection.pipeline.stats(), lasting=True)
+
+    def _to_count(self) -> list[Connection]:
+        """Return the connections whose counters aren't kept, while holding ``_counting``."""
+        found = []
+        for key, held in list(self._uncounted.items()):
+            if (connection := held()) is not None:
+                found.append(connection)
+            else:  # an exception has struck its thread
+                del self._uncounted[key]
+        return found
 
     def _none_free(self, operation: str) -> Exception:
         return DeadlineExceeded(
@@ -456,7 +502,10 @@ class Pool:
 
     def new_connection(self) -> Connection:
         """Return a connection that no operation has, and that has no place."""
-        return self._new_connection()
+        connection = self._new_connection()
+        with self._counting:
+            self._uncounted[id(connection)] = ref(connection)
+        return connection
 
     def open(self, connection: Connection, until: float, address: tuple[str, int] | None) -> str:
         """Connect to the server, perhaps at another address; return its kind and version.
@@ -480,7 +529,7 @@ class Pool:
         self._note_success(connection, server)
         self._retire(lambda other: other is not connection)
         if not is_placed and not self._place(connection):
-            self._drop(connection)
+            self.drop(connection)
         moved = None if self._on_moved is None else self._on_moved()
         if moved is not None:
             moved()
@@ -525,6 +574,8 @@ class Pool:
             except IndexError:
                 spare = self._spare()
                 connection = spare if self._reserve(spare) else self._wait(spare, deadline)
+                if connection is not spare:
+                    self._put_aside(spare)
             if connection is None:
                 raise ConnectError(
                     f"no connection to {self.address} within {timeout} ms: all {self._limit} "
@@ -535,7 +586,7 @@ class Pool:
             self._put_back(connection)
         except BaseException:
             if mine and connection is not None:
-                self._drop(connection)
+                self.drop(connection)
             connection = None
             raise
         if problem is not None:
@@ -562,13 +613,18 @@ class Pool:
         return None
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters of the pipelines and of the connections."""
-        present = self._present()
-        parts = [one.pipeline.stats() for one in (*present, *self._unplaced)]
+        """Return the counters of the pipelines and of the connections.
+
+        No counter falls: each connection counts once, whatever its threads do meanwhile.
+        """
+        with self._counting:
+            kept = counters.merged([self._info.counts])
+            connections = self._to_count()
+        parts = [counters.of(one.pipeline, one.admitted) for one in connections]
         return {
-            **counters.merged([self._info.counts, *parts, {"overloaded": self._overloads}]),
+            **counters.merged([kept, *parts, {"overloaded": self._overloads}]),
             "waiting": len(self._waiters),
-            "connections": sum(one.sock is not None for one in present),
+            "connections": sum(one.sock is not None for one in self._present()),
             **self._info.connections(),
             "last_loss": self._info.last_loss,
             "maintenance": self.announcements.stats(),
@@ -599,6 +655,7 @@ class Pool:
         self._unplaced.clear()
         self._waiters = deque()
         self._connections = []
+        self._uncounted = {}
         for connection in connections:
             if connection is not None:
                 connection.leave()

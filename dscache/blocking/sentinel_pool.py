@@ -11,7 +11,6 @@ stay, and the next look comes later and later.
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING, Final
 from weakref import ref
@@ -19,6 +18,7 @@ from weakref import ref
 from ..config import Options
 from ..config.address import join_address
 from ..core import constants
+from ..core.holder import Holder, Place
 from ..errors import ConnectError
 from ..net.slot_table import NodeInfo
 from .connection import Connection
@@ -60,7 +60,7 @@ class SentinelPool(Pool):
 
     def __init__(self, options: Options, provider: CredentialProvider | None = None) -> None:
         super().__init__(options, provider)
-        self._looking = threading.Lock()
+        self._looking = Place()
         self._look_at = 0.0
         self._failures = 0
 
@@ -102,9 +102,13 @@ class SentinelPool(Pool):
     def look(self, connection: Connection) -> None:
         """Ask the Sentinels for the primary if that is due; leave the others."""
         now = time.monotonic()
-        if now < self._look_at or not self._looking.acquire(blocking=False):
+        if now < self._look_at:
             return
+        holder: Holder | None = None
         try:
+            holder = self._looking.take()
+            if holder is None:
+                return
             options = self._options
             limit = min(options.connect_timeout, options.command_timeout * _SHARE) / 1000
             self._failures += 1
@@ -122,7 +126,8 @@ class SentinelPool(Pool):
                 )
                 connection.disconnect()  # nothing was sent: its operation goes to the new one
         finally:
-            self._looking.release()
+            # A traceback may be kept for long, and must not keep the place.
+            del holder
 
     def follow(self, address: str) -> None:
         """Leave all other servers for the one at an address, which Sentinels name.
@@ -147,4 +152,4 @@ class SentinelPool(Pool):
     def reset_after_fork(self) -> None:
         super().reset_after_fork()
         # Another thread may have held it, which the child doesn't have.
-        self._looking = threading.Lock()
+        self._looking = Place()

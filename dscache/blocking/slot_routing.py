@@ -153,9 +153,11 @@ class SlotRouter:
         self.take_pending_nodes()
         departed = [shown for shown in self.nodes if shown not in known]
         for shown in departed:
-            node = self.nodes.pop(shown)
+            node = self.nodes[shown]
             node.discard()
-            self._state.keep_counts(None, node.pipeline.stats())
+            with self._state.lock:  # one step for stats()
+                del self.nodes[shown]
+                self._state.keep_counts(None, node.pipeline.stats())
         if departed:
             self._rebuild(self._table)
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from .._cache import warn_of_dropped
 from .._forks import after_fork_in_child
-from .._locks import make_lock
+from .._locks import ReentrantEvent
 from ..config import Options
 from ..config.address import join_address
 from ..core import typed
+from ..core.failures import remedy_of
 from ..core.record import DataT
 from ..errors import ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from ..net.backoff import full_jitter
@@ -66,15 +67,14 @@ class _Watching(Watching[DataT]):
     """A watch whose threads listen to the primaries, each to one."""
 
     _kind = BlockingChange
-    _event = threading.Event
+    _event = ReentrantEvent
     _usage = "with"
     _topology: Pool | MemoryPool
     _found: deque[BlockingChange[DataT]]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._closing = threading.Event()
-        self._taking = make_lock()
+        self._closing = ReentrantEvent()
         self._keeper: threading.Thread | None = None
         self.cluster: ClusterPool | None = None
         self.is_dropped = False
@@ -148,8 +148,7 @@ class _Watching(Watching[DataT]):
 
     def next(self) -> BlockingChange[DataT]:
         self._check_process()
-        with self._taking:
-            holder = self._hold()
+        holder = self._hold()
         try:
             found = self._found
             while True:
@@ -170,10 +169,13 @@ class _Watching(Watching[DataT]):
 
     def _wait(self) -> None:
         """Wait for news; in memory, records end only when their time is looked at."""
+        limit = CHECK_INTERVAL  # an exception or a signal handler can strike the call that wakes it
         topology = self._topology
         if not isinstance(topology, MemoryPool):
-            self._news.wait(CHECK_INTERVAL)  # an exception can strike the call that wakes it
-        elif not self._news.wait(topology.seconds_to_expiry()):
+            self._news.wait(limit)
+            return
+        rest = topology.seconds_to_expiry()
+        if not self._news.wait(limit if rest is None else min(limit, rest)):
             topology.expire()
 
     def _read_names(self, names: list[str]) -> None:
@@ -295,9 +297,9 @@ class _Listener:
         self._is_first = is_first
         self._must_be_primary = bool(options.sentinels) or watching.cluster is not None
         self._connector = Connector(options, watching.credentials)
-        self._decided = threading.Event()
+        self._decided = ReentrantEvent()
         self._error: Exception | None = None
-        self._stopping = threading.Event()
+        self._stopping = ReentrantEvent()
         self._server: ControlConnection | None = None
         self.thread = threading.Thread(
             target=self._run, name=f"dscache watches {address}", daemon=True
@@ -334,7 +336,9 @@ class _Listener:
             self._decided.set()
 
     def _is_over(self) -> bool:
-        return self._watching.was_dropped() or self._stopping.is_set()
+        # ``end`` stops the listeners that there are. The keeper may be about to add one.
+        watching = self._watching
+        return watching.was_dropped() or watching.is_closed or self._stopping.is_set()
 
     def _listen(self) -> None:
         failures = 0
@@ -369,7 +373,8 @@ class _Listener:
         self._check_role(server, role)
         (reply,) = server.request(changes.tracking)
         if isinstance(reply, ReplyError):
-            raise ReplyError(reply.message, context=f"CLIENT at {server.pipeline.address}")
+            context = f"CLIENT at {server.pipeline.address}{remedy_of(reply.message)}"
+            raise ReplyError(reply.message, context=context)
         self._is_first = False
         self._decided.set()
         self._watching.follow(server.pipeline.address)

@@ -20,6 +20,7 @@ with CommandImports():
     from ..errors import DscacheError, reason_of
     from . import signals
     from .streams import discard_rest
+    from .words import quotable
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -87,18 +88,41 @@ class OutputError(Exception):
 
 
 class _Output(io.FileIO):
-    """Standard output that raises OutputError when it can't be written."""
+    """Standard output that raises OutputError when it can't be written.
+
+    A signal interrupts a write, so that a command ends before its reader has read everything.
+    """
 
     def write(self, data: ReadableBuffer, /) -> int:
         try:
-            return super().write(data)
+            if self.isatty():  # which doesn't keep a command waiting, and may show a whole screen
+                return super().write(data)
+            with signals.raised_at_once():
+                return super().write(data)
+        except KeyboardInterrupt:
+            discard_rest(self)
+            raise
         except OSError as error:
             discard_rest(self)
             raise OutputError(f"standard output can't be written: {reason_of(error)}") from error
 
 
+class _Errors(io.FileIO):
+    """Standard error whose text is lost when it can't be written: there is no other place."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            discard_rest(self)
+            return super().write(data)
+
+
 def _open_standard_files() -> None:
-    """Make standard output raise OutputError, and replace other closed files by /dev/null."""
+    """Make standard output raise OutputError, and replace other closed files by /dev/null.
+
+    Standard error raises nothing.
+    """
     if sys.stdin is None:
         # Otherwise a socket may get its number, which uvloop aborts at.
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
@@ -106,19 +130,25 @@ def _open_standard_files() -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
         _fail("standard output is closed; redirect it, for example to /dev/null")
-    given = sys.stdout
-    if not isinstance(given, io.TextIOWrapper) or given is not sys.__stdout__:
-        return  # replaced by the calling program
-    sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(_Output(given.fileno(), "wb", closefd=False)),
-        encoding=given.encoding,
-        errors=given.errors,
-        line_buffering=given.line_buffering,
-        write_through=given.write_through,
+    # Others have been replaced by the calling program.
+    if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr is sys.__stderr__:
+        sys.stderr = _replaced(sys.stderr, _Errors)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
+        sys.stdout = _replaced(sys.stdout, _Output)
+
+
+def _replaced(stream: io.TextIOWrapper, kind: type[io.FileIO]) -> io.TextIOWrapper:
+    """Return a stream to the same file, whose bytes an object of another class writes."""
+    # The strict modes fail at a character that the encoding of a terminal lacks.
+    is_strict = stream.errors in ("strict", "surrogateescape")
+    return io.TextIOWrapper(
+        io.BufferedWriter(kind(stream.fileno(), "wb", closefd=False)),
+        encoding=stream.encoding,
+        errors="backslashreplace" if is_strict else stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
     )
 
 
 def _fail(message: str) -> NoReturn:
-    # The message may quote a server, which must not steer the terminal.
-    line = "".join(one if one.isprintable() else " " for one in message)
-    sys.exit(f"dscache: {line}")
+    sys.exit(f"dscache: {quotable(message)}")

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .options import flag
+from .words import quotable
 
 _NEGATIVE = re.compile(r"-\d+(\.\d+)?([eE][+-]?\d+)?")
 # The words with which the validator of typer begins its errors.
@@ -33,8 +34,13 @@ class _Program(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Return the words that are left. Raises an error of typer."""
-        with _hint_at_wrong_option("an option of a command follows its name"):
+        with _errors_quotable(), _hint_at_wrong_option("an option of a command follows its name"):
             return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the words name. Raises an error of typer, and those of commands."""
+        with _errors_quotable():
+            return super().invoke(ctx)
 
 
 class _Command(TyperCommand):
@@ -51,6 +57,18 @@ class _Command(TyperCommand):
         except typer.BadParameter as error:
             error.message = error.message.removeprefix(_VALIDATOR)
             raise
+
+
+@contextmanager
+def _errors_quotable() -> Iterator[None]:
+    """Let errors of the command line quote no login, and nothing that steers a terminal."""
+    try:
+        yield
+    except Exception as error:
+        # typer exports no base class of them.
+        if hasattr(error, "format_message"):
+            error.message = quotable(error.message)  # type: ignore[attr-defined]
+        raise
 
 
 @contextmanager

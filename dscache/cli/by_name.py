@@ -7,6 +7,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from .. import _backend
 from ..admin import ndjson
 from ..admin.cache import AdminCache, open_cache
 from ..config import Config
@@ -36,8 +37,11 @@ def run_by_name(
     """Call ``handle`` with the cache and some names at a time, until all have been handled.
 
     ``handle`` returns the number of names without a whole record. Raises typer.Exit with status 1
-    if there were any.
+    if there were any, and RecordError before anything is done for a name that no record may have.
     """
+    for name in names or ():
+        # Otherwise the names before a wrong one would be handled, or not.
+        _backend.core.check_name(name)
     batches = batches_of(names) if names else read_input("NAME").items(ndjson.name_of, BATCH)
 
     async def work() -> int:

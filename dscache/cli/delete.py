@@ -23,11 +23,15 @@ def delete(names: NamesArgument = None, *, chosen: Chosen) -> None:
     async def handle(cache: AsyncCache, some: list[str]) -> int:
         unique = list(dict.fromkeys(some))
         # Calls of one tick share a flush; delete_bulk would return no more than their number.
-        outcomes = await asyncio.gather(*map(cache.delete, unique))
+        outcomes = await asyncio.gather(*map(cache.delete, unique), return_exceptions=True)
         for name, deleted in zip(unique, outcomes, strict=True):
-            shown = Text("deleted", "green") if deleted else NO_RECORD
-            results.add(name, line_of(name=name, deleted=deleted), shown)
+            if not isinstance(deleted, BaseException):
+                shown = Text("deleted", "green") if deleted else NO_RECORD
+                results.add(name, line_of(name=name, deleted=deleted), shown)
         results.show()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
         return outcomes.count(False)
 
     run_by_name(names, chosen.load(), handle)

@@ -43,12 +43,14 @@ def diff(
 
     Prints the records that are missing or added in OTHER, or have another version, or other data
     under the same version. In a pipe, prints one JSON object a line. Reads all records of both,
-    while other clients are served. The exit status is 1 if there are differences.
+    while other clients are served. The exit status is 1 if there are differences, or damaged
+    records, which aren't compared.
     """
     file = _export(other)
     config = with_long_timeouts(chosen.load())
     results = Results(chosen.as_json, "here", "there", "")
     count = 0
+    damaged: set[str] = set()
 
     def show(one: Difference) -> None:
         nonlocal count
@@ -64,16 +66,25 @@ def diff(
             open_cache(config) as cache,
             _opened(file or other, prefix, chosen, config) as there,
         ):
-            async for one in compare(StoredRecords(cache, prefix), there):
+            here = StoredRecords(cache, prefix)
+            async for one in compare(here, there):
                 show(one)
+            damaged.update(here.damaged, there.damaged)
+            for place in (here, there):
+                for error in place.damaged.values():
+                    complain(str(error))
 
     with interruptible("not all records were compared"):
         try:
             run(work())
         finally:
             results.show()
-    complain(f"{number(count, 'record')} differ{'s' if count == 1 else ''}" if count else "equal")
-    if count:
+    told = f"{number(count, 'record')} differ{'s' if count == 1 else ''}" if count else "equal"
+    if damaged:
+        verb = "wasn't" if len(damaged) == 1 else "weren't"
+        told += f"; {number(len(damaged), 'damaged record')} {verb} compared"
+    complain(told)
+    if count or damaged:
         raise typer.Exit(1)
 
 

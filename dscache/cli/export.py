@@ -73,7 +73,7 @@ def export(
                 complain(f"resuming: skipped {number(state.records, 'record')} already exported")
             with progress("export", job.position), target.open(state) as sink:
                 await export_run.run(sink, state, target.save)
-        target.finish()
+                target.finish()
 
     _, seconds = run_timed(work(), "" if to_stdout else RESUMES)
     complain_of_all(job.notes, job.damaged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
@@ -12,9 +13,10 @@ from rich.text import Text
 from ..admin import ndjson
 from ..admin.cache import AdminCache, open_cache
 from ..admin.listing import lifetimes_of
+from ..admin.scan import get_whole
 from ..core.keys import common_prefix
-from ..errors import DscacheError, RecordError
-from ..net.watch import DAMAGED, FLUSHED, GAP, RESUMED
+from ..errors import DscacheError, RecordError, UsageError
+from ..net.watch import DAMAGED, FLUSHED, GAP, RESUMED, is_final
 from . import signals
 from .by_name import NamesArgument, run_by_name
 from .options import Chosen, flag, with_all_options
@@ -24,6 +26,9 @@ from .tables import Blocks, Results, line_of, with_lifetime
 
 if TYPE_CHECKING:
     from ..core.pure import Record
+
+# Seconds before records that couldn't be read after a gap are read again.
+_PAUSE = 0.5
 
 
 @with_all_options
@@ -133,14 +138,33 @@ async def _watch(cache: AdminCache, names: Sequence[str], shown: _Shown) -> None
                 where = f"{change.node}: " if change.node else ""
                 complain(f"changes may be missed from here on: {where}{change.reason}")
             elif change.kind in (FLUSHED, RESUMED):
-                found = await cache.get_bulk(names)
-                await shown.report_changed(cache, {name: found.get(name) for name in names})
+                found, damaged = await _read_again(cache, names)
+                for error in damaged.values():
+                    complain(str(error))
+                whole = (name for name in names if name not in damaged)
+                await shown.report_changed(cache, {name: found.get(name) for name in whole})
             elif change.name not in names:
                 continue
             elif change.kind == DAMAGED:
                 complain(change.reason)
             else:
                 await shown.report_changed(cache, {change.name: change.record})
+
+
+async def _read_again(
+    cache: AdminCache, names: Sequence[str]
+) -> tuple[Mapping[str, Record], Mapping[str, Exception]]:
+    """Return whole records, and the errors of damaged ones, once the server answers.
+
+    Raises an error that would come again.
+    """
+    while True:
+        try:
+            return await get_whole(cache, names)
+        except DscacheError as error:
+            if is_final(error) or isinstance(error, UsageError):
+                raise
+            await asyncio.sleep(_PAUSE)
 
 
 def _content(record: Record | None) -> tuple[int, bytes] | None:

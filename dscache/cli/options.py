@@ -62,9 +62,22 @@ def number_parser(
 IfNewerOption = Annotated[
     bool, flag("--if-newer", "Write only records newer than the stored ones.")
 ]
+
+
+def _prefix(given: str) -> str:
+    """Return a prefix of names. Raises typer.BadParameter."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("it is not UTF-8") from None
+    return given
+
+
 _PREFIX: Final = "Only records whose names begin with it."
-PrefixOption = Annotated[str, typer.Option(metavar="PREFIX", help=_PREFIX)]
-PrefixArgument = Annotated[str, typer.Argument(metavar="PREFIX", help=_PREFIX, show_default=False)]
+PrefixOption = Annotated[str, typer.Option(metavar="PREFIX", help=_PREFIX, callback=_prefix)]
+PrefixArgument = Annotated[
+    str, typer.Argument(metavar="PREFIX", help=_PREFIX, show_default=False, callback=_prefix)
+]
 
 
 class KeyLayout(StrEnum):

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from . import signals
 from .streams import discard_rest
+from .words import printable, quotable
 
 
 def print_json(document: object) -> None:
@@ -34,7 +35,7 @@ NOT_NEWER = "not written: Redis holds the same or a newer version"
 def complain(message: str) -> None:
     """Print an error or a warning as one line on standard error."""
     try:
-        print(f"dscache: {printable(message)}", file=sys.stderr, flush=True)
+        print(f"dscache: {quotable(message)}", file=sys.stderr, flush=True)
     except OSError:  # there is no other place to report it
         discard_rest(sys.stderr)
 
@@ -45,11 +46,6 @@ def complain_of_all(notes: Sequence[str], total: int) -> None:
         complain(note)
     if total > len(notes):
         complain(f"and {total - len(notes):,} more")
-
-
-def printable(words: str) -> str:
-    """Return text from a server or a user without the characters that steer a terminal."""
-    return "".join(one if one.isprintable() else " " for one in words)
 
 
 def plain(words: str, style: str = "") -> Text:

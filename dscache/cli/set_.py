@@ -81,16 +81,17 @@ def set_(
             for line in lines
         ]
         outcomes = await asyncio.gather(*waiting, return_exceptions=True)
-        try:
-            for line, outcome in zip(lines, outcomes, strict=True):
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                refused += not outcome
-                written = line_of(name=line.name, version=line.version, written=outcome)
-                shown = Text("written", "green") if outcome else Text(NOT_NEWER, "yellow")
-                results.add(line.name, written, str(line.version), shown)
-        finally:
-            results.show()
+        for line, outcome in zip(lines, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                continue
+            refused += not outcome
+            written = line_of(name=line.name, version=line.version, written=outcome)
+            shown = Text("written", "green") if outcome else Text(NOT_NEWER, "yellow")
+            results.add(line.name, written, str(line.version), shown)
+        results.show()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def work() -> None:
         given = False

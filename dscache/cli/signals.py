@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from .._start import is_command_line
 
 _received = signal.SIGINT
 
@@ -16,7 +19,8 @@ def handled_as_interrupt() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise KeyboardInterrupt during the block.
 
     A signal that the parent process has ignored, as nohup does, stays ignored. So does Ctrl-C in a
-    command that a script runs in the background: shells ignore SIGINT there.
+    command that a script runs in the background: shells ignore SIGINT there. After the block, a
+    signal ends the process at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -41,6 +45,9 @@ def handled_as_interrupt() -> Iterator[None]:
         if is_ignored:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        elif is_command_line() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            # Python would print a traceback of another Ctrl-C while it ends.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
@@ -62,6 +69,36 @@ def left_to_editor() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def raised_at_once() -> Iterator[None]:
+    """Let a signal interrupt what the block waits for, such as the reader of a full pipe.
+
+    Otherwise asyncio would cancel the task, which comes to know of it at its next await. Raises
+    KeyboardInterrupt.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if _is_cancelled():
+            raise KeyboardInterrupt
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_cancelled() -> bool:
+    """Return whether the running task, if there is one, is to end."""
+    asyncio = sys.modules.get("asyncio")  # the version is shown without it
+    try:
+        task = asyncio and asyncio.current_task()
+    except RuntimeError:
+        return False
+    return bool(task and task.cancelling())
 
 
 def received() -> signal.Signals:

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from ..admin.indent import indented
 from ..errors import BulkError, RecordError, shorten
-from .output import complain, new_table, plain, printable, write
+from .output import complain, new_table, plain, write
+from .words import printable
 
 T = TypeVar("T")
 Cell = str | Text

@@ -31,17 +31,26 @@ from .validation import ConfigStruct, Secret, SwitchedStruct
 _PORT: Final = (
     r"(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
 )
-Host = Annotated[
-    str,
-    Meta(
+
+
+def _host(remedy: str) -> Meta:
+    """Return the constraint of a host; the remedy ends the error of a URL in its place."""
+    return Meta(
         # One colon is that of a port, and several are those of an IPv6 address.
         pattern=r"(?![^:]*:[0-9]+$)[^\s/@\[\]]+",
         extra={
             "expected": "a host name or an address without a port",
-            "remedy": "for a URL, use the option url",
+            "remedy": f"for a URL, {remedy}",
         },
-    ),
-]
+    )
+
+
+_APART: Final = "give its host and port as the options host and port"
+Host = Annotated[str, _host("use the option url")]
+# An entry of a list has no option url.
+NodeHost = Annotated[str, _host(f"{_APART}; rediss:// becomes redisOptions: {{tls: true}}")]
+SentinelHost = Annotated[str, _host(f"{_APART}; Sentinels are queried without TLS")]
+MappedHost = Annotated[str, _host(_APART)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 HostAndPort = Annotated[
     str,
@@ -80,7 +89,7 @@ def canonical(host: str, port: int) -> tuple[str, int]:
 
 
 class _Server(ConfigStruct, frozen=True, kw_only=True):
-    host: Host = "127.0.0.1"
+    host: str = "127.0.0.1"
     port: Port = 6379
 
     @property
@@ -99,6 +108,7 @@ class Node(_Server, frozen=True, kw_only=True):
     expected: ClassVar[str] = "a mapping of options, such as {host: 10.0.0.1, port: 7000}"
     unsupported: ClassVar[Mapping[str, str]] = {"url": "write host: and port: of each node"}
 
+    host: NodeHost = "127.0.0.1"
     username: str | UnsetType | None = UNSET
     password: Secret | UnsetType | None = UNSET
 
@@ -108,6 +118,7 @@ class SentinelNode(_Server, frozen=True, kw_only=True):
 
     expected: ClassVar[str] = "a mapping of options, such as {host: 10.0.0.1, port: 26379}"
 
+    host: SentinelHost = "127.0.0.1"
     port: Port = 26379
 
 
@@ -131,7 +142,7 @@ class ClusterRetryStrategy(RetryStrategy, frozen=True, kw_only=True):
 class NatTarget(ConfigStruct, frozen=True, kw_only=True):
     """The address that reaches a node which announces another one."""
 
-    host: Host
+    host: MappedHost
     port: Port
 
 

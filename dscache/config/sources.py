@@ -107,18 +107,19 @@ def missing_section(
 ) -> ConfigError:
     """Return the error for a configuration without the section ``name``.
 
-    It names the sections in ``shown``, and suggests the one of ``sections`` most like ``name``.
+    It names the sections in ``shown``, and asks to rename the one of ``sections`` that is most like
+    ``name``.
     """
     best = nearest(name, map(str, sections))
-    suggestion = f'; did you mean "{best}"?' if best else ""
+    remedy = f'; rename "{best}" to {name}, or' if best else ";"
     present = ", ".join(redact_key(str(key)) for key in shown) or "none"
     if "services" in sections:
-        suggestion = (
+        remedy = (
             "; this is a file of docker-compose, so give the configuration that its container of "
-            "deepstream has"
+            "deepstream has;"
         )
     return tree.place.error(
-        f"no section {name}, the sections are: {present}{suggestion}; write {example}"
+        f"no section {name}, the sections are: {present}{remedy} write {example}"
     )
 
 

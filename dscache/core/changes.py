@@ -23,6 +23,7 @@ from ..errors import (
 )
 from . import constants as c
 from . import failures
+from .json_text import decode_as
 from .markers import DELETE, KEEP, OMITTED, Omitted, Ttl
 from .typed import warn_of_removal
 
@@ -141,7 +142,7 @@ def change_steps(
         elif default is OMITTED:
             raise missing(operation, name)
         else:
-            data = core.Record(name, 0, default, False, type).data
+            data = _data_of_default(core.Record(name, 0, default, False, type))
         data = yield CHANGE, (data,)
         if data is KEEP or (data is DELETE and record is None):
             return record  # type: ignore[no-any-return] # of the driver
@@ -164,6 +165,9 @@ def change_steps(
                 version = FIRST_VERSION if record is None else record.version + 1
             if version > c.MAX_VERSION:
                 raise no_version_above(operation, name)
+            written = core.Record(name, version, text, False, type)
+            if type is not None and data.__class__ is not msgspec.Raw:
+                _check_fit(written)
             # A removal makes the text shorter, unless the change adds as much. The full check takes
             # a twentieth of a typed update.
             if type is not None and record is not None and len(text) < len(record.raw):
@@ -171,9 +175,7 @@ def change_steps(
             expected = None if record is None else record.version
             done = yield "set", (name, version, msgspec.Raw(text), ttl, False, expected)
         if done:
-            if data is DELETE:
-                return None
-            return core.Record(name, version, text, False, type)  # type: ignore[no-any-return] # of either core
+            return None if data is DELETE else written
         pause = timing.pause(conflicts)
         conflicts += 1
         if timing.clock() + pause >= timing.deadline:
@@ -184,9 +186,8 @@ def change_steps(
 def _check_null(name: str, before: bytes | Omitted, type: Any) -> None:
     """Raise RecordError if ``null`` doesn't fit the type; warn once if it replaces other data."""
     if type is not None:
-        null = _backend.core.Record(name, 0, b"null", False, type)
         try:
-            null.decode(type)
+            decode_as(name, 0, b"null", type)
         except RecordDamaged:
             raise null_of_type(name) from None
     elif before != b"null" and not _told_of_null:
@@ -196,6 +197,34 @@ def _check_null(name: str, before: bytes | Omitted, type: Any) -> None:
             "function with return and the new data (logged once)",
             shorten(name),
         )
+
+
+def _data_of_default(default: Record) -> Any:
+    """Return the data of a default; raises RecordError if it doesn't fit the type."""
+    try:
+        return default.data
+    except RecordDamaged as error:
+        said = f"the default doesn't fit the type: {_misfit(error, default)}; give a default of it"
+        raise RecordError(f"update {shorten(default.name)}: {said}", name=default.name) from error
+
+
+def _check_fit(written: Record) -> None:
+    """Raise RecordError if the data to write doesn't fit the type, as all later reads would fail.
+
+    The data is decoded for the caller, who gets the Record.
+    """
+    try:
+        _ = written.data
+    except RecordDamaged as error:
+        said = (
+            f"the function returned data that doesn't fit the type: {_misfit(error, written)}; "
+            "return data of the type, or update without a type"
+        )
+        raise RecordError(f"update {shorten(written.name)}: {said}", name=written.name) from error
+
+
+def _misfit(error: RecordDamaged, record: Record) -> str:
+    return str(error).removeprefix(f"record {shorten(record.name)}, version {record.version}: ")
 
 
 def _is_same(name: str, record: Record, text: bytes) -> bool:

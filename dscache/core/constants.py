@@ -118,10 +118,12 @@ ASKING: Final = b"*1\r\n$6\r\nASKING\r\n"
 # The fleeting ones may be over by the very next command; a slot that has left stays away.
 FLEETING: Final = frozenset(("CLUSTERDOWN", "READONLY", "MASTERDOWN", "LOADING", "BUSY"))
 REDIRECTIONS: Final = FLEETING | {"MOVED", "ASK", "TRYAGAIN"}
-# Error codes of a server that is no longer the right one, with the reason to look for another.
+# Error codes after which a connection is replaced, with the reason: the server is no longer the
+# right one, or wants another login.
 LEFT_FOR: Final = {
     "READONLY": "the server has become a replica (READONLY)",
     "MASTERDOWN": "the server is a replica that has lost its primary (MASTERDOWN)",
+    "NOAUTH": "the server has ended the login (NOAUTH)",
 }
 # Error codes of a server that does nothing for now, and soon will.
 PASSING: Final = frozenset(("LOADING", "BUSY"))

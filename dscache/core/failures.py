@@ -35,6 +35,8 @@ AWAY: Final = (ConnectError, ConnectionLost, DeadlineExceeded)
 _IN_SCRIPTS: Final = ("READONLY", "NOREPLICAS")
 # An error reply names a refused command within so many characters, before any argument.
 _NAMED: Final = 80
+# The beginning of a refusal that names the user, whose name follows.
+_OF_USER: Final = "NOPERM User "
 # The first words of descriptions of operations.
 _STEPS: Final = ("get", "head", "set", "delete", "read", "update")
 
@@ -196,9 +198,13 @@ def refuses(command: str, error: ReplyError) -> bool:
     """Return whether a server or proxy refuses a command to everybody or to this user.
 
     Redis and Valkey name the command, in the client's spelling if they don't know it; so do the
-    proxies that refuse it by a reply. An error about a key or argument doesn't.
+    proxies that refuse it by a reply. An error about a key or argument doesn't. The name of the
+    user, which may be long or like a command's, doesn't count.
     """
-    return error.code in ("NOPERM", "ERR") and command in error.message[:_NAMED].lower()
+    said = error.message
+    if said.startswith(_OF_USER):
+        said = said[len(_OF_USER) :].partition(" ")[2]
+    return error.code in ("NOPERM", "ERR") and command in said[:_NAMED].lower()
 
 
 def is_across_slots(message: str) -> bool:
@@ -221,7 +227,13 @@ _REMEDIES: Final = {
     "WRONGPASS": "check username and password",
     "NOAUTH": "set password, and username if the server has users",
     "NOPERM": "let ACL SETUSER give this user the command and the keys",
+    "ACL failure in script": "let ACL SETUSER give this user the command",
     "OOM": "raise maxmemory of the server, or choose a maxmemory-policy that evicts",
+    "MOVED": "it is a node of a cluster, so give nodes in place of host and port",
+    "CROSSSLOT": (
+        "give nodes in place of host and port if it is a node of a cluster, or set proxied: true "
+        "if it is a proxy"
+    ),
     "invalid bulk length": "write less data, or raise proto-max-bulk-len of the server",
     "DB index": (
         "choose a smaller db, or raise the server's number of databases, which is 16 by default"
@@ -301,13 +313,17 @@ def _doubt_of(operation: str) -> str:
     return "; the write may have happened"
 
 
+def _records(count: int) -> str:
+    return f"{count} record" if count == 1 else f"{count} records"
+
+
 def no_answer_in_time(address: str, timeout: float, in_flight: int, operation: str) -> Exception:
     """Return the error of an operation that was sent and not answered in time."""
     harmless = operation.startswith(("get", "head", "read"))
     written = "" if harmless else _doubt_of(operation)
     return DeadlineExceeded(
         f"{operation}: no answer from {address} within {timeout * 1000:.0f} ms "
-        f"(sent; {in_flight} records in flight){written}"
+        f"(sent; {_records(in_flight)} in flight){written}"
     )
 
 
@@ -338,7 +354,7 @@ def never_sent(
     else:
         error = DeadlineExceeded(
             f"{operation}: not sent to {address} {limit} "
-            f"({in_flight} records in flight before it); nothing was done"
+            f"({_records(in_flight)} in flight before it); nothing was done"
         )
     error.__cause__ = down
     return error

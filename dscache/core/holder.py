@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any, Final
 from weakref import ref
 
+from .._locks import make_lock
+
 
 class Holder:
     """Holds a place for as long as it exists; ``owner`` is a task, a thread or nothing."""
@@ -27,19 +29,21 @@ def nothing() -> None:
 
 
 class Place:
-    """A place for one caller at a time."""
+    """A place for one caller at a time, of any thread."""
 
-    __slots__ = ("holder",)
+    __slots__ = ("_lock", "holder")
 
     def __init__(self) -> None:
+        self._lock = make_lock()
         self.holder: Callable[[], Holder | None] = nothing
 
     def take(self) -> Holder | None:
         """Return a holder of the place, which frees it by its end; None if another one exists."""
-        if self.holder() is not None:
-            return None
         holder = Holder()
-        self.holder = ref(holder)
+        with self._lock:
+            if self.holder() is not None:
+                return None
+            self.holder = ref(holder)
         return holder
 
 

@@ -45,7 +45,8 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from .. import _backend
-from ..errors import BulkError, DscacheError, LoadError, RecordError, shorten
+from ..errors import BulkError, DscacheError, LoadError, RecordError, ReplyError, shorten
+from .failures import copy_error, of_call
 from .fetch_terms import AwaitedLoad, Checks, Terms
 from .flights import Rings
 from .keys import NOTE_SUFFIX
@@ -616,6 +617,16 @@ def bulk_failure(error: BulkError, names: Iterable[str]) -> BulkError:
         errors.setdefault(name.removesuffix(NOTE_SUFFIX), reason)
     found = {name: error.result[name] for name in names if name in error.result}
     return BulkError("fetch_bulk", errors, found)
+
+
+def refusal_of_missing(
+    error: ReplyError, missing: Iterable[str], found: Mapping[str, Any]
+) -> DscacheError:
+    """Return the error of a ``fetch_bulk`` if Redis refuses to load any of the missing records."""
+    of_call(error, "fetch_bulk", next(iter(missing)))
+    if not found:
+        return error
+    return BulkError("fetch_bulk", {name: copy_error(error) for name in missing}, found)
 
 
 def due_names(

@@ -53,8 +53,7 @@ class MemoryPipeline:
         self._records: dict[str, tuple[int, bytes, float]] = {}
         self._expiries: list[tuple[float, str]] = []
         self._counts = dict.fromkeys(counters.NAMES, 0)
-        self.listeners: list[Callable[[Iterable[str]], object]] = []
-        """Functions to call with the names of records that have changed."""
+        self._listeners: tuple[Callable[[Iterable[str]], object], ...] = ()
 
     def get(self, name: str) -> Any:
         """Return a done waiter with the Record, or None."""
@@ -164,13 +163,17 @@ class MemoryPipeline:
         while self._expiries and self._expiries[0][0] <= now:
             self._stored(heapq.heappop(self._expiries)[1])
 
+    def listen(self, listener: Callable[[Iterable[str]], object]) -> None:
+        """Have a function called with the names of records that change; it must not block."""
+        self._listeners = (*self._listeners, listener)
+
     def forget(self, listener: Callable[[Iterable[str]], object]) -> None:
         """Remove a listener; does nothing if it isn't there."""
-        if listener in self.listeners:
-            self.listeners.remove(listener)
+        self._listeners = tuple(one for one in self._listeners if one != listener)
 
     def _tell(self, name: str) -> None:
-        for listener in self.listeners:
+        # A finalizer may remove a listener meanwhile. The others hear of the change all the same.
+        for listener in self._listeners:
             listener((name,))
 
     def stats(self) -> dict[str, Any]:

@@ -17,12 +17,28 @@ _encode = msgspec.json.Encoder().encode
 def encode_model(value: Any) -> msgspec.Raw:
     """Return the JSON text of a model; msgspec calls it for each object that it doesn't know.
 
-    Raises TypeError, with msgspec's own text, for any other object.
+    Raises TypeError, with msgspec's own text, for any other object, and ValueError for a model that
+    writes NaN.
     """
     if not hasattr(type(value), "model_dump_json"):
         raise TypeError(f"Encoding objects of type {_name_of(type(value))} is unsupported")
     # By alias, as the model reads it again.
-    return msgspec.Raw(value.model_dump_json(by_alias=True).encode())
+    text: bytes = value.model_dump_json(by_alias=True).encode()
+    if b"NaN" in text or b"Infinity" in text:
+        _check_words(type(value), text)
+    return msgspec.Raw(text)
+
+
+def _check_words(class_: type, text: bytes) -> None:
+    """Raise ValueError if a word such as NaN stands in a text, and not in a string of it."""
+    try:
+        msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise_interruption(error)
+        raise ValueError(
+            f"the model {class_.__name__} writes NaN or Infinity, which isn't JSON; set its "
+            'ser_json_inf_nan to "null" or "strings"'
+        ) from error
 
 
 def _name_of(class_: type) -> str:

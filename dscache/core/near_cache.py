@@ -204,13 +204,29 @@ class NearStore:
             len(entries) + records > self._settings.max_records
             or self._bytes + self._table() + size > self._settings.max_bytes
         ):
-            name, entry = next(iter(entries.items()))
+            oldest = _oldest(entries)
+            if oldest is None:
+                return
+            name, entry = oldest
             if entry.was_hit and entry.epoch.state == LIVE:
                 entry.was_hit = False
-                entries.move_to_end(name)
+                try:
+                    entries.move_to_end(name)
+                except KeyError:
+                    if name in entries:  # then it is an error of the handler
+                        raise
                 continue
-            self.drop(name)
-            self._counts["evictions"] += 1
+            self._counts["evictions"] += self.drop(name)
+
+
+def _oldest(entries: OrderedDict[str, Any]) -> tuple[str, Any] | None:
+    """Return the first name and entry, or None.
+
+    A signal handler may drop entries behind any call. None comes between the two steps of a loop.
+    """
+    for oldest in entries.items():
+        return oldest
+    return None
 
 
 class NearCache(NearStore):

@@ -156,9 +156,15 @@ def _puts_off(pipeline: Pipeline, batch: Batch, error: ReplyError) -> bool:
 
     The owner of the socket sees ``away`` and stops sending for a while, or leaves the server.
     """
-    if pipeline.clustered or batch.kind == c.COMMAND:
+    if batch.kind == c.COMMAND:
         return False
     code = failures.code_of(error)
+    if pipeline.clustered:
+        if code == "NOAUTH":
+            pipeline.away = code
+        return False
+    if code == "NOAUTH" and error.message in batch.redirections:
+        return False  # another login has not helped
     if code in c.LEFT_FOR or (code in c.PASSING and pipeline.away not in c.LEFT_FOR):
         pipeline.away = code
         return pipeline.reconnects or code != "READONLY"

@@ -17,6 +17,9 @@ from typing import Final
 # third of the time of a search for something else.
 # EXISTS doesn't see that data is a list, for instance, and no text. Such data is then overwritten,
 # as by any other write.
+# A server may refuse a command to the script alone, since the user lacks the right to it. If that
+# raised behind a write, the write would be reported as refused. So a refused question is the answer
+# of its record, and a refused MSET is done by SET.
 # Lua's numbers are doubles and lose versions beyond 2^53, so versions are compared as text.
 # Lifetimes end at a point in time that is computed once: of two SET ... EX in a script, Redis
 # 7.0 lets every 400th pair expire at different milliseconds.
@@ -25,20 +28,28 @@ local answers = {}
 local now
 local function expiry(ttl)
   if not now then
-    local time = redis.call('TIME')
+    local time = redis.pcall('TIME')
+    if time.err then return time end
     now = time[1] * 1000 + math.floor(time[2] / 1000)
   end
   return string.format('%.0f', now + ttl * 1000)
 end
 local function present(key)
   local length = redis.pcall('STRLEN', key)
-  return type(length) == 'number' and (length > 0 or redis.call('EXISTS', key) == 1)
+  if type(length) == 'table' then
+    return not string.find(length.err, 'WRONGTYPE', 1, true) and length
+  end
+  if length > 0 then return true end
+  local found = redis.pcall('EXISTS', key)
+  return type(found) == 'table' and found or found == 1
 end
 local function check(k, version, data, guard)
   local stored = redis.pcall('GET', KEYS[k])
   if type(stored) == 'table' then return stored end
   local mode, expected = string.sub(guard, 1, 1), string.sub(guard, 2)
-  if not stored or not present(KEYS[k + 1]) then
+  local there = stored and present(KEYS[k + 1])
+  if type(there) == 'table' then return there end
+  if not there then
     if mode == '~' then return -2 end
     return (mode ~= '=' or expected == '') and 1 or 0
   end
@@ -75,7 +86,7 @@ local function whole()
   if are_whole == nil then
     local data_keys = {}
     for i = 1, records do data_keys[i] = keys[2 * i] end
-    are_whole = redis.call('EXISTS', unpack(data_keys)) == records
+    are_whole = redis.pcall('EXISTS', unpack(data_keys)) == records
   end
   return are_whole
 end
@@ -102,12 +113,14 @@ for i = 1, records do
   if answer == 1 then
     local at
     if ttl == '-1' then
-      at = redis.call('PEXPIRETIME', keys[k])
-      at = at > 0 and string.format('%.0f', at)
+      at = redis.pcall('PEXPIRETIME', keys[k])
+      if type(at) == 'number' then at = at > 0 and string.format('%.0f', at) end
     elseif ttl ~= '0' then
       at = expiry(ttl)
     end
-    if data == '' then
+    if type(at) == 'table' then
+      answers[i] = at
+    elseif data == '' then
       redis.call('DEL', keys[k], keys[k + 1])
     elseif not at then
       parts[n + 1], parts[n + 2], parts[n + 3], parts[n + 4] = keys[k], version, keys[k + 1], data
@@ -118,7 +131,9 @@ for i = 1, records do
     end
   end
 end
-if n > 0 then redis.call('MSET', unpack(parts)) end
+if n > 0 and redis.pcall('MSET', unpack(parts)).err then
+  for i = 1, n, 2 do redis.call('SET', parts[i], parts[i + 1]) end
+end
 if not next(answers) then return 1 end
 for i = 1, records do answers[i] = answers[i] or 1 end
 return answers

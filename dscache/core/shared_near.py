@@ -148,12 +148,12 @@ class SharedNearCache(NearStore):
         super().__init__(NearSettings(**settings))
         self._read = read
         self._read_head = read_head
-        self._node: NearNode | None = None
+        # Of the counters and of the order of the entries; a signal handler may use the cache.
+        self._lock = make_lock()
         self._begin()
 
     def _begin(self) -> None:
-        # Of the counters and of the order of the entries; a signal handler may use the cache.
-        self._lock = make_lock()
+        self._node: NearNode | None = None
         self._entries = OrderedDict()
         self._bytes = self._pending = 0
         # By name, the SharedWrites; those that were interrupted may be gone.
@@ -268,12 +268,11 @@ class SharedNearCache(NearStore):
                 self._counts["dropped_fills"] += 1
                 self._compare(found, None if record is None else record.version)
                 return
-            first = entry.cell.setdefault(None, content)
-            if first is not content:  # another thread was first
-                if first != content:
-                    self._remove(entry)
+            if entry.cell.setdefault(None, content) != content:  # another thread was first
+                self._remove(entry)
                 return
-            if self._entries.get(name) is entry:  # no signal handler has dropped it
+            # Unless that thread had the same answer, or a signal handler has dropped it.
+            if entry.is_pending and self._entries.get(name) is entry:
                 entry.previous = None
                 entry.size += size
                 self._bytes += size
@@ -385,14 +384,14 @@ class SharedNearCache(NearStore):
 
     def close(self) -> None:
         """Drop every record, and stop caching and serving records."""
-        super().close()
-        self._begin()
-        self._node = None
+        with self._lock:
+            super().close()
+            self._begin()
 
     def reset(self) -> None:
         """Drop every record, and forget the writes under way, as a forked child has none."""
+        self._lock = make_lock()  # a thread that the child doesn't have may have had it
         self._begin()
-        self._node = None
 
     def stats(self) -> dict[str, Any]:
         """Return the counters, the flushes by reason, and the size of the cache."""

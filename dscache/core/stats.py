@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from .constants import LATENCY_BOUNDS, TIMED
 
@@ -28,6 +28,12 @@ _COUNTED: Final = (
     *("writes", "not_newer", "deletes", "overloaded"),
     *("batches", "sent", "commands", "flushes", "bytes_out", "bytes_in"),
 )
+
+
+class Counted(Protocol):
+    """Whatever has the counters of a Pipeline."""
+
+    def stats(self) -> dict[str, Any]: ...
 
 
 def stats_of(pipeline: Pipeline, counted: Iterable[int], latency: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +68,12 @@ def add(total: dict[str, Any], counts: Mapping[str, Any], *, lasting: bool = Fal
             "sum": own["sum"] + row["sum"],
             "buckets": [one + more for one, more in zip(buckets, row["buckets"], strict=True)],
         }
+
+
+def of(counted: Counted, momentary: bool) -> dict[str, Any]:
+    """Return the counters of a pipeline or the like, perhaps without the momentary ones."""
+    counts = counted.stats()
+    return counts if momentary else counts | dict.fromkeys(OF_THE_MOMENT, 0)
 
 
 def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -122,14 +122,14 @@ class ClusterState(RefreshSchedule):
         return f"cluster of {', '.join(known)}" if known else ""
 
     def stats(
-        self, nodes: dict[str, dict[str, Any]], leaving: Counts, others: Counts
+        self, nodes: dict[str, dict[str, Any]], departed: Counts, others: Counts
     ) -> dict[str, Any]:
         """Return the counters of all connections together, and of each node.
 
-        ``leaving`` are the counters of connections to departed nodes, and ``others`` belong to no
-        node.
+        ``departed`` are the counters of departed nodes, ``past`` among them. ``others`` belong to
+        no node.
         """
-        of_nodes = [self.past, *leaving, *nodes.values()]
+        of_nodes = [*departed, *nodes.values()]
         return {
             **counters.merged([*of_nodes, *others]),
             "connections": sum(one["connections"] for one in nodes.values()),

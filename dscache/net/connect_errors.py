@@ -133,7 +133,8 @@ def permanent_failure(error: Exception, shown: Exception, address: str) -> Error
         return lambda operation: ConnectError(f"{operation}: {shown}")
     if isinstance(error, (ssl.SSLError, ProtocolError)) and not _is_end_of_tls(error):
         kind = ProtocolError if isinstance(error, ProtocolError) else ConnectError
-        return lambda operation: kind(f"{operation}: {address}: {shown}")
+        said = str(shown) if str(shown).startswith(address) else f"{address}: {shown}"
+        return lambda operation: kind(f"{operation}: {said}")
     return None
 
 
@@ -145,6 +146,11 @@ def _may_pass(error: ReplyError) -> bool:
     if isinstance(error, TurnedAway) and error.code not in _LASTING:
         return True
     return error.code in _PASSING or is_full(error.message)
+
+
+def says_to_hello(reply: object) -> str:
+    """Return the words of a refusal of HELLO in parentheses, or an empty text."""
+    return f' (it says "{reply.message}" to HELLO)' if isinstance(reply, ReplyError) else ""
 
 
 def is_full(text: str) -> bool:

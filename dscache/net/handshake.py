@@ -21,6 +21,7 @@ from .connect_errors import (
     as_connect_error,
     end_of_handshake,
     is_full,
+    says_to_hello,
 )
 from .credentials import Hidden, Login, Word, hidden, masked
 from .maintenance import Announcements
@@ -213,6 +214,7 @@ def _log_in(
     greeting, *others = yield [hello, *selection, *questions, *requests, *identity]
     consent = others.pop(len(selection) + len(questions)) if requests else None
     is_foreign = False
+    refusal = says_to_hello(greeting)
     if isinstance(greeting, ReplyError) and not _is_final(greeting):
         is_foreign = not _is_of_redis(greeting)
         if options.connection_name:
@@ -236,7 +238,7 @@ def _log_in(
     is_tracked = False
     is_kept = of_cluster or facts.get(b"role") != b"replica"
     if is_near and options.near_cache is not None and is_kept:
-        is_tracked = yield from _track(options, options.near_cache, facts, address)
+        is_tracked = yield from _track(options, options.near_cache, facts, address, refusal)
     node_id = (yield from _identify(others[-1], address)) if of_cluster else ""
     has_msetex = isinstance(known, list) and any(known)
     server = masked(_kind_and_version(facts), secrets_of(options, login))
@@ -343,14 +345,19 @@ def _run_id(reply: object) -> str:
 
 
 def _track(
-    options: Options, near: NearCacheOptions, facts: dict[Any, Any], address: str
+    options: Options,
+    near: NearCacheOptions,
+    facts: dict[Any, Any],
+    address: str,
+    refusal: str = "",
 ) -> Generator[list[list[Word]], list[Any], bool]:
     """Ask the server to announce changes; return whether it does.
 
-    Raises UnsuitableServer if it doesn't and ``nearCache.required`` is set. Raises ReplyError if
+    ``refusal`` are its words about HELLO, if it has refused that. Raises UnsuitableServer if it
+    doesn't announce changes and ``nearCache.required`` is set. Raises ReplyError if
     the server is loading or busy, and so can't tell yet.
     """
-    problem = _too_old(facts)
+    problem = _too_old(facts, refusal)
     if not problem:
         (reply,) = yield [_tracking(options, near)]
         if isinstance(reply, ReplyError):
@@ -383,10 +390,10 @@ def _kind_and_version(facts: dict[Any, Any]) -> str:
     return clean(" ".join(word.decode(errors="replace") for word in words if type(word) is bytes))
 
 
-def _too_old(facts: dict[Any, Any]) -> str:
+def _too_old(facts: dict[Any, Any], refusal: str) -> str:
     """Return why the server is too old for a near cache, or an empty text."""
     if not facts:
-        return "it does not speak RESP3, which Redis does from version 6 on"
+        return f"it does not speak RESP3, which Redis does from version 6 on{refusal}"
     kind, version = facts.get(b"server"), facts.get(b"version")
     if kind == b"redis" and type(version) is bytes:
         major = version.partition(b".")[0]

@@ -37,6 +37,7 @@ import msgspec
 from ..config import Options
 from ..config.address import join_address
 from ..core.constants import SLOTS, VERSION_SUFFIX
+from ..core.failures import remedy_of
 from ..core.keys import KeyLayout, is_version_key, names_with, slot_of_key
 from ..errors import (
     ConnectError,
@@ -321,7 +322,8 @@ class KeyScan:
         for command, one in zip(commands, reply.replies, strict=True):
             if isinstance(one, ReplyError):
                 words = " ".join(map(str, command[:2] if command[0] == "CLUSTER" else command[:1]))
-                raise ReplyError(one.message, context=f"scan: {words}{node and f' at {node}'}")
+                place = f"{words} at {node}" if node else words
+                raise ReplyError(one.message, context=f"scan: {place}{remedy_of(one.message)}")
         return reply
 
     def _claim(
@@ -361,11 +363,11 @@ class KeyScan:
             if asked.socket is not socket:
                 raise ConnectionLost(f"the connection to {node or 'the server'} was replaced")
             reply = asked.replies[0]
-            if not isinstance(reply, list) or len(reply) != 2 or not isinstance(reply[1], list):
-                raise ProtocolError(f"scan: unexpected reply to SCAN: {shorten(reply)}")
-            at = bytes(reply[0])
+            if not isinstance(reply, list) or len(reply) != 2 or type(reply[0]) is not bytes:
+                raise _unexpected("SCAN", reply)
+            at = reply[0]
+            keys = _keys_in(reply[1], "SCAN")
             self._note_progress()
-            keys: list[bytes] = reply[1]
             if slots:
                 keys = [key for key in keys if slot_of_key(key) in slots]
             if at == b"0":
@@ -384,6 +386,8 @@ class KeyScan:
         some: dict[int, int] = {}
         rest = _MOST_KEYS
         for slot, count in zip(slots, asked.replies, strict=True):
+            if type(count) is not int:
+                raise _unexpected("CLUSTER COUNTKEYSINSLOT", count)
             rest -= count
             if rest < 0:
                 break
@@ -397,7 +401,8 @@ class KeyScan:
         ]
         asked = yield from self._ask(node, *commands)
         keys: list[bytes] = []
-        for slot, found in zip(list(some), asked.replies, strict=True):
+        for slot, reply in zip(list(some), asked.replies, strict=True):
+            found = _keys_in(reply, "CLUSTER GETKEYSINSLOT")
             if len(found) >= some[slot] + _MARGIN:
                 del some[slot]
             keys += found
@@ -450,6 +455,17 @@ class NameScan(KeyScan):
 
 
 # -- replies
+
+
+def _unexpected(command: str, reply: object) -> ProtocolError:
+    return ProtocolError(f"scan: unexpected reply to {command}: {shorten(reply)}")
+
+
+def _keys_in(reply: object, command: str) -> list[bytes]:
+    """Return the keys that a reply lists; raises ProtocolError for a reply of another shape."""
+    if not isinstance(reply, list) or not {bytes}.issuperset(map(type, reply)):
+        raise _unexpected(command, reply)
+    return reply
 
 
 def _claim_of(

@@ -55,9 +55,15 @@ class SentinelGroup:
             )
         self._sought = "primary" if self.seeks_primary else "replica"
         self._password = hidden(options.sentinel_password)
-        self._newest = Answer(-1, ("", 0))
         self._numbers = count(1)
-        self._concluded = 0
+        # The answers of surveys by their numbers. Only the latest counts.
+        self._concluded = {0: Answer(-1, ("", 0))}
+
+    @property
+    def _newest(self) -> Answer:
+        """The answer of the latest survey that has ended."""
+        concluded = self._concluded.copy()  # in one step: other threads change it
+        return concluded[max(concluded)]
 
     def seconds_each(self, seconds: float) -> float:
         """Return the time limit for each Sentinel, out of all the seconds of an attempt.
@@ -106,11 +112,15 @@ class SentinelGroup:
             )
         if not self.seeks_primary:
             return answers[0].address
-        if number > self._concluded:
-            self._concluded = number
-            epoch = max(one.epoch for one in answers)
-            newest = [one for one in answers if one.epoch == epoch]
-            self._newest = max(newest, key=newest.count)
+        epoch = max(one.epoch for one in answers)
+        newest = [one for one in answers if one.epoch == epoch]
+        # Without a lock: surveys may end in several threads at once, in any order.
+        concluded = self._concluded
+        concluded[number] = max(newest, key=newest.count)
+        latest = max(concluded.copy())
+        for earlier in concluded.copy():
+            if earlier < latest:
+                concluded.pop(earlier, None)
         return self._newest.address
 
     def names_none(self, node: SentinelNode) -> str:

@@ -316,11 +316,14 @@ def check_role(address: str, role: object, *, must_be_primary: bool) -> bool:
 
 def check_pushes(address: str, hello: object) -> None:
     """Raise ReplyError unless the reply to HELLO says that the connection has RESP3."""
-    if not isinstance(hello, dict):
+    if isinstance(hello, dict):
+        return
+    needs = "it can't report changes; watch needs Redis 6 or newer, without a proxy before it"
+    if isinstance(hello, ReplyError):
         raise ReplyError(
-            f"{address} has no RESP3, so it can't report changes; watch needs Redis 6 or newer, "
-            "without a proxy before it"
+            hello.message, context=f"watch: without HELLO, {address} has no RESP3, so {needs}"
         )
+    raise ReplyError(f"{address} has no RESP3, so {needs}")
 
 
 def check_arguments(prefix: object, max_pending: object) -> None:

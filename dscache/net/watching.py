@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic
 
 from msgspec.structs import replace
 
@@ -13,12 +13,15 @@ from ..config import Config, Options
 from ..core import failures
 from ..core.holder import Holder, Place
 from ..core.record import DataT
-from ..errors import BulkError, DscacheError, UsageError, shorten
+from ..errors import BulkError, DscacheError, ReplyError, UsageError, shorten
 from .backoff import full_jitter
 from .watch import LONGEST_PAUSE, PAUSE, Change, Changes, primaries_only
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
+
+# Codes of errors of a server that refuses a command, or a key, to this user or to everybody.
+_FORBIDDEN: Final = ("NOPERM", "ERR")
 
 
 class WatchBase:
@@ -147,6 +150,10 @@ class Watching(Generic[DataT]):
             changes = self.changes.changes_of(names, found)
         elif isinstance(error, BulkError):
             changes = self.changes.changes_of(names, error.result, error)
+        elif isinstance(error, ReplyError) and error.code in _FORBIDDEN:
+            # All of them are refused, and will be: the caller must hear of that.
+            all_refused = BulkError(self.changes.operation, dict.fromkeys(names, error), {})
+            changes = self.changes.changes_of(names, {}, all_refused)
         else:
             # The loss of a server is an event of its own. The names are read once it is back.
             self.changes.back(names)

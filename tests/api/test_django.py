@@ -8,6 +8,7 @@ import datetime
 import decimal
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from django.core.cache.backends.base import CacheKeyWarning
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest, JsonResponse
 from django.urls import path
+from django.utils.safestring import mark_safe
 
 import dscache
 from dscache import django as backend_module
@@ -81,6 +83,26 @@ def test_json_comes_back_as_it_was(cache: RecordCache) -> None:
 def test_a_tuple_comes_back_as_a_list(cache: RecordCache) -> None:
     cache.set("key", {"pair": (1, (2, 3))})
     assert cache.get("key") == {"pair": [1, [2, 3]]}
+
+
+class Celsius(float):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (mark_safe("<b>"), "<b>"),  # what a template fragment is
+        ({"messages": [mark_safe("<b>"), 1, True]}, {"messages": ["<b>", 1, True]}),
+        ((mark_safe("half \ud800"),), ["half \ud800"]),
+        ({mark_safe("key"): Celsius(36.6)}, {"key": 36.6}),
+        ([signal.SIGINT, Celsius(1)], [2, 1.0]),
+    ],
+    ids=repr,
+)
+def test_a_subclass_comes_back_as_a_plain_value(cache: RecordCache, value: Any, plain: Any) -> None:
+    cache.set("key", value)
+    assert repr(cache.get("key")) == repr(plain)
 
 
 class Point(NamedTuple):
@@ -420,6 +442,19 @@ def test_clear_with_a_key_function(make: Make, redis: redis_py.Redis) -> None:
     assert make().get("key") == "kept"
 
 
+def test_clear_refuses_to_remove_the_values_of_other_prefixes(make: Make) -> None:
+    def by_version(key: str, key_prefix: str, version: int) -> str:
+        return f"v{version}:{key_prefix}:{key}"
+
+    cache = make(KEY_FUNCTION=by_version, KEY_PREFIX="shop")
+    cache.set("key", 1)
+    cache.records.set("visits/1", 1, "kept")
+    with pytest.raises(ImproperlyConfigured, match="let them begin with KEY_PREFIX"):
+        cache.clear()
+    assert cache.get("key") == 1
+    assert cache.records.head("visits/1") == 1
+
+
 def test_clear_refuses_to_remove_everything(make: Make) -> None:
     cache = make(KEY_FUNCTION=lambda key, prefix, version: key)
     cache.set("key", 1)
@@ -539,6 +574,18 @@ def test_backends_of_equal_settings_share_a_cache(make: Make) -> None:
     assert found == [first.records, 1]
     assert make(KEY_PREFIX="other").records is first.records
     assert make(OPTIONS={"nearCache": True}).records is not first.records
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    """Django makes a backend for each request of an ASGI server."""
+    file = tmp_path / "config.yml"
+    file.write_text("cache: {name: memory}")
+    RecordCache(str(file), {}).set("key", 1)
+    file.unlink()
+    assert RecordCache(str(file), {}).get("key") == 1
+    close_all()
+    with pytest.raises(ImproperlyConfigured, match="there is no file"):
+        RecordCache(str(file), {})
 
 
 def test_close_all(make: Make) -> None:

@@ -210,7 +210,8 @@ def test_a_server_cannot_be_started_twice(binary: ServerBinary) -> None:
 
 def test_further_options_and_a_password(binary: ServerBinary) -> None:
     options = ("--requirepass", "hush-hush", "--maxmemory", "3mb")
-    with EmbeddedServer(binary, args=options) as server:
+    iterator: Any = iter(options)  # as a program may pass it
+    with EmbeddedServer(binary, args=iterator) as server:
         with client(server, password="hush-hush") as connection:
             assert connection.config_get("maxmemory") == {"maxmemory": "3145728"}
         with (

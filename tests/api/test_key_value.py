@@ -82,6 +82,14 @@ async def test_values_come_back_as_they_were(store: RecordStore) -> None:
     assert await store.get("key") == {"pair": [1, "two"]}
 
 
+async def test_a_text_of_a_subclass_comes_back_as_a_plain_one(store: RecordStore) -> None:
+    class Text(str):
+        pass
+
+    await store.put("key", {Text("a"): [Text("b"), 1.5]})
+    assert repr(await store.get("key")) == "{'a': ['b', 1.5]}"
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -6,6 +6,7 @@ What needs none of them works; what does says which command is missing.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,7 +21,9 @@ from tests.soak.cluster_rows import CURIOUS, a_name_each
 from tests.support.blocking import ThreadedCache
 from tests.support.clusters import ClusterGroup
 from tests.support.commands import invoke
+from tests.support.faults import FakeServer
 from tests.support.waiting import PATIENCE
+from tests.support.wire import resp
 
 # None of these is needed for records.
 DISPENSABLE = ("hello", "client", "info", "config", "script", "evalsha", "ping", "role", "scan")
@@ -136,6 +139,85 @@ async def test_records_of_a_cluster_without_a_command(
             node.ask("ACL", "DELUSER", USER)
 
 
+class LoggingOut:
+    """A server that ends the login of its connections, and wants another one."""
+
+    def __init__(self) -> None:
+        self.is_out = False
+        self.lasts = True
+        self.logins = 0
+        self.writes: list[bytes] = []
+        answers: dict[str, Any] = dict.fromkeys(("MGET", "MSET", "EVALSHA", "DEL"), self._serve)
+        self.fake = FakeServer({**answers, "HELLO": self._log_in, "CLUSTER": self._tell})
+
+    def _serve(self, command: list[bytes]) -> bytes:
+        if self.is_out:
+            return b"-NOAUTH Authentication required.\r\n"
+        self.writes += [command[0]] if command[0] != b"MGET" else []
+        served = {
+            b"MGET": b"*2\r\n$1\r\n5\r\n$3\r\n[5]\r\n",
+            b"MSET": b"+OK\r\n",
+            b"DEL": b":2\r\n",
+        }
+        return served.get(command[0], b":1\r\n")
+
+    def _log_in(self, command: list[bytes]) -> bytes:
+        self.logins += 1
+        self.is_out = self.is_out and not self.lasts
+        return b"%1\r\n$6\r\nserver\r\n$5\r\nredis\r\n"
+
+    def _tell(self, command: list[bytes]) -> bytes:
+        if command[1] == b"SLOTS":
+            return resp([[0, 16383, [self.fake.host.encode(), self.fake.port]]])
+        return b"-ERR no\r\n"
+
+
+async def test_a_login_that_the_server_has_ended_is_repeated(kind: str, backend: str) -> None:
+    server = LoggingOut()
+    async with server.fake as fake, opened(kind, fake.url, password=PASSWORD) as cache:
+        for operation in (
+            lambda: cache.get("a"),
+            lambda: cache.set("a", 6, [6]),
+            lambda: cache.set("a", 6, [6], if_newer=True),
+            lambda: cache.delete("a"),
+        ):
+            before = server.logins
+            server.is_out = True
+            assert await operation()
+            assert server.logins > before
+        assert server.writes == [b"MSET", b"EVALSHA", b"DEL"]
+
+
+async def test_a_login_that_does_not_help_is_not_repeated_for_ever(kind: str, backend: str) -> None:
+    server = LoggingOut()
+    server.lasts = False
+    async with server.fake as fake, opened(kind, fake.url, password=PASSWORD) as cache:
+        server.is_out = True
+        with pytest.raises(dscache.ReplyError, match=r"NOAUTH .* set password"):
+            await cache.set("a", 6, [6])
+        assert server.writes == []
+
+
+async def test_a_node_that_has_ended_the_login_is_connected_to_again(
+    kind: str, backend: str
+) -> None:
+    server = LoggingOut()
+    async with server.fake as fake:
+        nodes = {"nodes": [{"host": fake.host, "port": fake.port, "password": PASSWORD}]}
+        async with opened(kind, nodes) as cache:
+            assert (await cache.get("a")).version == 5
+            for bulk in (False, True):
+                server.is_out = True
+                names = ["a", "b"] if bulk else ["a"]
+                with pytest.raises(dscache.ReplyError, match="NOAUTH"):
+                    await cache.set_bulk(dict.fromkeys(names, (1, 1)))
+                # Each connection of a Cache meets one refusal.
+                for _ in range(2):
+                    await asyncio.gather(cache.get("a"), return_exceptions=True)
+                assert (await cache.get("a")).version == 5
+                assert not server.is_out
+
+
 @pytest.mark.parametrize("way", ["renamed", "by ACL"])
 async def test_the_missing_command_is_named(
     refusing: Refuse, way: str, kind: str, backend: str
@@ -159,6 +241,131 @@ async def test_the_missing_command_is_named(
             async with opened(kind, url, **options):
                 pass
         assert command in str(refused.value).lower()
+
+
+LONG_NAME = "0e6f3b2c-7c2d-4c5e-9a53-3f2d94a1c0de@records.example.com"
+
+
+async def test_scripts_of_a_user_with_a_long_name(
+    refusing: Refuse, kind: str, backend: str
+) -> None:
+    """Services name their users by ids or by addresses."""
+    url = refusing(BY_AGE[0], "by ACL")
+    with redis_py.Redis.from_url(url) as admin:
+        rights = ("on", f">{PASSWORD}", "~*", "+@all", "-evalsha", "-mget")
+        admin.execute_command("ACL", "SETUSER", LONG_NAME, *rights)
+    async with opened(kind, url, username=LONG_NAME, password=PASSWORD) as cache:
+        assert await cache.set("a", 1, {}, if_newer=True) is True
+    login = url.replace(USER, LONG_NAME.replace("@", "%40"))
+    done = await asyncio.to_thread(invoke, "doctor", "--url", login)
+    found = {one["check"]: one for one in done.document["findings"]}
+    assert "mget, evalsha" in found["rights"]["found"]
+
+
+# What a script asks before it writes, and what it writes with.
+OF_SCRIPTS = ("get", "mget", "strlen", "exists", "time", "pexpiretime", "set", "mset")
+GUARDS: list[dict[str, Any]] = [
+    {"if_newer": True},
+    {"if_newer": True, "ttl": 100},
+    {"if_version": 4},
+    {"if_version": 4, "ttl": dscache.KEEP},
+]
+
+
+@pytest.mark.parametrize("way", ["renamed", "by ACL"])
+@pytest.mark.parametrize("missing", OF_SCRIPTS)
+async def test_a_script_without_a_command_overwrites_no_newer_record(
+    refusing: Refuse, way: str, missing: str, kind: str, backend: str
+) -> None:
+    url = refusing(BY_AGE[0], way, missing)
+    async with opened(kind, url) as cache:
+        with redis_py.Redis.from_url(url, username=None, password=None) as admin:
+            for key, value in (("a_v", "5"), ("a_d", "[5]")):
+                admin.execute_command("GETSET", key, value)
+            for guard in GUARDS:
+                (done,) = await asyncio.gather(
+                    cache.set("a", 3, "old", **guard), return_exceptions=True
+                )
+                assert done is False or re.search(f"'{missing}'|Unknown Redis command", str(done))
+                assert admin.getrange("a_v", 0, -1) == b"5"
+                assert admin.getrange("a_d", 0, -1) == b"[5]"
+
+
+@pytest.mark.parametrize("way", ["renamed", "by ACL"])
+@pytest.mark.parametrize("missing", ["pexpiretime", "time", "exists", "mset"])
+async def test_a_refusal_within_a_script_is_of_its_record_alone(
+    refusing: Refuse, way: str, missing: str, backend: str
+) -> None:
+    """What was done isn't reported as refused."""
+    url = refusing(BY_AGE[0], way, missing)
+    async with opened("async", url) as cache:
+        with redis_py.Redis.from_url(url, username=None, password=None) as admin:
+            for name in ("kept", "there"):
+                for key, value in ((f"{name}_v", "1"), (f"{name}_d", "[1]")):
+                    admin.execute_command("GETSET", key, value)
+        done = await asyncio.gather(
+            cache.set("with ttl", 2, "new", if_newer=True, ttl=100),
+            cache.set("kept", 2, "new", if_version=1, ttl=dscache.KEEP),
+            cache.set("there", 2, "new", if_version=1, ttl=100),
+            cache.set("for good", 2, "new", if_newer=True),
+            return_exceptions=True,
+        )
+        found = await cache.get_bulk(["with ttl", "kept", "there", "for good"])
+        written = [name in found and found[name].version == 2 for name in found]
+    failed = {"time": 2, "pexpiretime": 1}.get(missing, 0)
+    assert [one for one in done if one is True] == [True] * (4 - failed)
+    assert sum(written) == 4 - failed
+
+
+async def test_fetch_bulk_gives_what_it_found(refusing: Refuse, kind: str, backend: str) -> None:
+    """A user that may only read gets the records that are there."""
+    url = refusing(BY_AGE[0], "by ACL")
+    async with opened(kind, url) as cache:
+        await cache.set("there", 1, [1])
+        with redis_py.Redis.from_url(url) as admin:
+            admin.execute_command("ACL", "SETUSER", USER, "resetkeys", "%R~*")
+        with pytest.raises(dscache.BulkError) as caught:
+            await cache.fetch_bulk(["there", "a", "b"], dict.fromkeys, ttl=100)
+        assert {name: one.data for name, one in caught.value.result.items()} == {"there": [1]}
+        assert {*caught.value.errors} == {"a", "b"}
+        for error in caught.value.errors.values():
+            assert isinstance(error, dscache.ReplyError)
+            assert "fetch_bulk 'a'" in str(error)
+        with pytest.raises(dscache.ReplyError, match=r"NOPERM .*fetch_bulk 'a'"):
+            await cache.fetch_bulk(["a", "b"], dict.fromkeys, ttl=100)
+
+
+async def test_a_watch_tells_of_a_refused_read(refusing: Refuse, kind: str, backend: str) -> None:
+    url = refusing(BY_AGE[0], "by ACL", "get", "mget")
+    for records in (False, True):
+        async with opened(kind, url) as cache:
+            change = await first_change_of(kind, cache, records=records)
+        assert (change.kind, change.name) == ("damaged", "a")
+        assert f"User {USER} has no permissions to run" in change.reason
+
+
+async def first_change_of(kind: str, cache: Any, *, records: bool) -> Any:
+    if kind == "async":
+        async with cache.watch("a", records=records) as changes:
+            await cache.set("a", 1, {})
+            return await anext(changes)
+
+    def watch() -> Any:
+        with cache.cache.watch("a", records=records) as changes:
+            cache.cache.set("a", 1, {})
+            return next(changes)
+
+    return await asyncio.to_thread(watch)
+
+
+async def test_a_refused_hello_is_named(refusing: Refuse, kind: str, backend: str) -> None:
+    url = refusing(BY_AGE[0], "renamed", "hello")
+    with pytest.raises(dscache.ConnectError, match=r"unknown command 'HELLO'. to HELLO"):
+        async with opened(kind, url, nearCache=True):
+            pass
+    async with opened(kind, url) as cache:
+        with pytest.raises(dscache.ReplyError, match=r"'HELLO' \(watch: without HELLO, .* RESP3"):
+            await first_change_of(kind, cache, records=False)
 
 
 async def names_of(kind: str, cache: Any) -> list[str]:
@@ -196,11 +403,52 @@ def test_the_doctor_lists_the_missing_rights(
 def test_the_doctor_tells_of_keys_that_are_refused(refusing: Refuse) -> None:
     url = refusing(BY_AGE[0], "by ACL")
     with redis_py.Redis.from_url(url) as admin:
+        admin.mset({"user/1_v": "1", "user/1_d": "1"})
         admin.execute_command("ACL", "SETUSER", USER, "resetkeys", "~other/*")
     found = {one["check"]: one for one in invoke("doctor", "--url", url).document["findings"]}
     assert found["rights"]["verdict"] == "bad"
     assert "the names of records" in found["rights"]["found"]
     assert "pattern of the keys" in found["rights"]["advice"]
+
+
+OF_A_CACHE = (
+    *("-@all", "+hello", "+auth", "+ping", "+select", "+client|setname", "+client|tracking"),
+    *("+command|info", "+mget", "+mset", "+del", "+get", "+type", "+eval", "+evalsha"),
+    *("+script|load", "+set", "+strlen", "+exists", "+time", "+pexpiretime", "+scan", "+info"),
+    "+role",
+)
+
+
+def test_the_doctor_examines_records_with_the_documented_rights(refusing: Refuse) -> None:
+    admin = refusing(BY_AGE[0], "by ACL")
+    with redis_py.Redis.from_url(admin) as redis:
+        redis.mset({f"user/{n}{end}": "1" for n in range(3) for end in ("_v", "_d")})
+        redis.mset({"other": "1"})
+        for keys, verdict in (("~*", "ok"), ("~user/*", "unknown"), ("%R~*", "warning")):
+            redis.execute_command("ACL", "SETUSER", "app", "reset", "on", ">word", keys)
+            redis.execute_command("ACL", "SETUSER", "app", *OF_A_CACHE)
+            url = f"redis://app:word@{admin.rpartition('@')[2]}"
+            done = invoke("doctor", "--url", url)
+            found = {one["check"]: one for one in done.document["findings"]}
+            assert "connection" not in found
+            assert found["key layout"]["verdict"] == found["halves"]["verdict"] == "ok"
+            assert found["large records"]["verdict"] == "ok"
+            assert "GETRANGE is refused" in found["one-key records"]["found"]
+            assert found["rights"]["verdict"] == verdict
+        redis.execute_command("ACL", "SETUSER", "app", "~*", "-mset")
+        found = {one["check"]: one for one in invoke("doctor", "--url", url).document["findings"]}
+        assert found["rights"]["found"] == "no mset"
+        assert redis.dbsize() == 7
+
+
+def test_the_doctor_goes_on_without_scan(refusing: Refuse) -> None:
+    for way in ("renamed", "by ACL"):
+        url = refusing(BY_AGE[0], way, "scan", "time")
+        found = {one["check"]: one for one in invoke("doctor", "--url", url).document["findings"]}
+        assert "no scan, time" in found["rights"]["found"]
+        for check in ("key layout", "halves", "large records"):
+            assert found[check]["verdict"] == "unknown"
+            assert "SCAN is refused" in found[check]["found"]
 
 
 def test_the_doctor_writes_nothing(refusing: Refuse) -> None:

@@ -240,6 +240,8 @@ REFUSALS = {
     "WRONGPASS invalid username-password pair": "check username and password",
     "NOAUTH Authentication required.": "set password, and username if the server has users",
     "NOPERM User x has no permissions": "let ACL SETUSER give this user the command and the keys",
+    "MOVED 15495 10.0.0.1:7000": "it is a node of a cluster, so give nodes in place of host",
+    "CROSSSLOT Keys in request don't hash to the same slot": "give nodes in place of host and port",
     "OOM command not allowed": "raise maxmemory of the server, or choose a maxmemory-policy that",
     "ERR Protocol error: invalid bulk length": "write less data, or raise proto-max-bulk-len of",
 }
@@ -257,6 +259,46 @@ async def test_a_refusal_of_the_server_has_a_remedy(kind: str, backend: str, ref
         with pytest.raises(ReplyError, match=said) as caught:
             await either.do("set_bulk", {"q1": (1, 1), "q2": (1, 1)})
         assert "(set_bulk 'q1' at " in str(caught.value)
+
+
+@KINDS
+@pytest.mark.parametrize("command", ["SCAN", "CLIENT"])
+async def test_a_refusal_of_a_scan_or_watch_has_a_remedy(
+    kind: str, backend: str, command: str
+) -> None:
+    refusal = "NOPERM User x has no permissions"
+    said = rf"^{refusal} \(.*{command}.*; {REFUSALS[refusal]}\)$"
+    answers = {command: f"-{refusal}\r\n".encode()}
+
+    async def refused(either: Either) -> None:
+        if command == "SCAN":
+            await either.all("a")
+        elif kind == "AsyncCache":
+            await either.cache.watch("a").__aenter__()
+        else:
+            await asyncio.to_thread(either.cache.watch("a").__enter__)
+
+    async with FakeServer(answers) as fake, Either(kind, url=fake.url) as either:
+        with pytest.raises(ReplyError, match=said):
+            await refused(either)
+
+
+@KINDS
+async def test_a_server_that_speaks_no_resp_is_named_once(kind: str, backend: str) -> None:
+    answers = {"HELLO": b"HTTP/1.1 400 Bad Request\r\n"}
+    async with FakeServer(answers) as fake:
+        either = Either(kind, url=fake.url)
+        address = fake.url.removeprefix("redis://")
+        with pytest.raises(ProtocolError, match=f"^get 'a': {address} sent no valid reply: "):
+            await either.do("get", "a")
+        await either.do("close")
+
+
+@KINDS
+async def test_names_as_arguments_of_a_bulk(kind: str, source: dict[str, Any]) -> None:
+    async with Either(kind, **source) as either:
+        with pytest.raises(RecordError, match=r"^get_bulk takes .*; write get_bulk\(\['a'\]\)$"):
+            await either.do("get_bulk", "a", "b")
 
 
 @KINDS
@@ -305,11 +347,18 @@ async def test_an_awaitable_that_a_blocking_load_returns(source: dict[str, Any])
             await either.do("fetch_bulk", ["two"], lambda names: load(names), ttl=1)
 
 
+async def test_an_async_cache_in_a_thread(backend: str) -> None:
+    said = r"used from outside of it; call it in a coroutine .*, or use a Cache in threads$"
+    async with dscache.AsyncCache({"name": "memory"}) as cache:
+        with pytest.raises(UsageError, match=said):
+            await asyncio.to_thread(cache.get, "a")
+
+
 async def test_a_scan_without_an_event_loop(server: EmbeddedServer, backend: str) -> None:
     async with dscache.AsyncCache(server.url, **PATIENT) as cache:
         await cache.get("a")
         for begin in (cache.scan, cache.watch):
-            with pytest.raises(UsageError, match=r"^an AsyncCache opens on the event loop that"):
+            with pytest.raises(UsageError, match=r"^an AsyncCache opens .*; call it in a co"):
                 await asyncio.to_thread(begin, "a")
 
 

@@ -7,6 +7,8 @@ had begun must not keep the next call from its turn, nor lose what was found.
 from __future__ import annotations
 
 import asyncio
+import gc
+import signal
 import threading
 import weakref
 from collections import deque
@@ -19,10 +21,11 @@ import pytest
 import dscache
 from dscache.aio import loading as aio_loading
 from dscache.blocking import loading as blocking_loading
-from dscache.config import Options
+from dscache.blocking.sentinel_pool import SentinelPool
+from dscache.config import Options, load
 from dscache.core import notes
 from dscache.core.flights import Flight
-from dscache.core.holder import Holder, Place
+from dscache.core.holder import Holder, Place, nothing
 from dscache.core.loading import Do
 from dscache.embedded import EmbeddedServer
 from dscache.net.finds import Finds, MemoryScan
@@ -96,6 +99,63 @@ def test_a_place_is_free_after_an_exception_behind_the_line_that_takes_it() -> N
         call()
     # Until here the traceback had the frame that has the holder.
     assert place.take() is not None
+
+
+def test_of_two_threads_that_come_at_once_one_gets_the_place() -> None:
+    place = Place()
+    holders: list[Holder | None] = []
+    other = threading.Thread(target=lambda: holders.append(place.take()))
+
+    def look() -> None:
+        """Find the place free, and let the other thread look too before it is taken."""
+        place.holder = nothing
+        other.start()
+        other.join(0.2)  # with nothing to wait for, it ends at once
+
+    place.holder = look
+    holder = place.take()
+    other.join()
+    assert holder is not None
+    assert holders == [None]
+
+
+# -- the question to the Sentinels
+
+
+def test_a_struck_look_for_the_primary_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"sentinels": [{"host": "10.0.0.9", "port": 26379}], "name": "main"}
+    pool = SentinelPool(load({"name": "redis", "options": options}).options)
+    connection: Any = SimpleNamespace(pipeline=SimpleNamespace(address="10.0.0.1:6379"))
+    looks = 0
+
+    def locate(_: float) -> tuple[str, int]:
+        nonlocal looks
+        looks += 1
+        return "10.0.0.1", 6379
+
+    def look() -> None:
+        pool._look_at = 0.0
+        pool.look(connection)
+
+    def raise_struck(*_: object) -> None:
+        raise Struck
+
+    monkeypatch.setattr(pool._connector, "locate", locate)
+    before = signal.signal(signal.SIGALRM, raise_struck)
+    gc.disable()  # in its callbacks, such as hypothesis's, a handler can't raise
+    try:
+        for i in range(1000):
+            with pytest.raises(Struck):  # noqa: PT012 # at any line
+                signal.setitimer(signal.ITIMER_REAL, 2e-5 + i * 1e-7)
+                while True:
+                    look()
+            count = looks
+            look()
+            assert looks == count + 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        gc.enable()
+        signal.signal(signal.SIGALRM, before)
 
 
 # -- scan

@@ -176,6 +176,45 @@ async def test_update(cache: Either) -> None:
     assert await cache.do("head", "x") == 7
 
 
+class Model(pydantic.BaseModel):
+    name: str
+
+
+@pytest.mark.parametrize(
+    ("type_", "misfit"), [(User, MISFIT), (Model, "name: Input should be a valid string")]
+)
+async def test_update_refuses_data_that_does_not_fit(
+    cache: Either, type_: Any, misfit: str
+) -> None:
+    """It would be written, and fail all later reads with the type."""
+    said = f"^update 'n': the default doesn't fit the type: {misfit}; give a default of it$"
+    with pytest.raises(RecordError, match=said) as caught:
+        await cache.do("update", "n", lambda user: user, default={"name": 5}, type=type_)
+    assert not isinstance(caught.value, RecordDamaged)
+    await cache.do("set", "n", 1, ADA)
+    said = f"^update 'n': the function returned data that doesn't fit the type: {misfit}; return"
+    with pytest.raises(RecordError, match=said) as caught:
+        await cache.do("update", "n", lambda user: {"name": 5}, type=type_)
+    assert not isinstance(caught.value, RecordDamaged)
+    assert await cache.do("head", "n") == 1
+    record = await cache.do("update", "n", lambda user: {"name": "Bob"}, type=type_)
+    assert (record.version, record.data) == (2, type_(name="Bob"))
+    # Raw is written without a check.
+    record = await cache.do("update", "n", lambda user: msgspec.Raw(b"5"), type=type_)
+    assert (record.version, record.raw) == (3, b"5")
+
+
+async def test_update_refuses_an_object_of_the_type_with_a_wrong_attribute(cache: Either) -> None:
+    def spoil(user: Any) -> User:
+        user.name = 5
+        return user
+
+    await cache.do("set", "n", 1, ADA)
+    with pytest.raises(RecordError, match=f"data that doesn't fit the type: {MISFIT}; return"):
+        await cache.do("update", "n", spoil, type=User)
+    assert await cache.do("head", "n") == 1
+
+
 async def test_scan(cache: Either) -> None:
     await cache.do("set_bulk", {f"u/{number}": (1, ADA) for number in range(300)})
     await cache.do("set", "u/x", 1, {"name": 5})

@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
+from types import FrameType
 from typing import Any
 
 import pytest
 import redis as redis_py
 
 import dscache
+from dscache.blocking import watch as blocking_watch
+from dscache.blocking.waiter import BlockingWaiter
 from dscache.core.keys import KeyLayout
+from dscache.core.memory import MemoryPipeline
 from dscache.embedded import EmbeddedServer
 from dscache.errors import ConnectError, ConnectionLost, DscacheError, ReplyError, UsageError
 from tests.conftest import BY_AGE, SERVERS, MakeServer, _server_id
@@ -227,6 +232,20 @@ async def test_in_memory(kind: str, backend: str) -> None:
         # A watch that has ended hears of nothing.
         await cache.do("set", "n/1", 3, {})
         assert await cache.next(watch) is None
+
+
+def test_in_memory_the_end_of_a_watch_hides_no_change_from_others() -> None:
+    pipeline = MemoryPipeline(BlockingWaiter, lambda: None, None)
+    heard: list[str] = []
+
+    def first(names: Iterable[str]) -> None:
+        pipeline.forget(first)  # as the finalizer of a watch does
+
+    pipeline.listen(first)
+    pipeline.listen(heard.extend)
+    pipeline.set("a", 1, {})
+    pipeline.delete("a")
+    assert heard == ["a", "a"]
 
 
 async def test_in_memory_an_expiry_is_told_in_time(kind: str, backend: str) -> None:
@@ -496,6 +515,38 @@ async def test_the_end_of_the_block_ends_the_iteration(kind: str, server: Embedd
         assert await waiting is None
 
 
+def test_a_handler_closes_a_watch_at_any_line_of_a_wait(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler runs between two lines of its thread, and so does a trace function."""
+    monkeypatch.setattr(blocking_watch, "CHECK_INTERVAL", 0.05)
+
+    def wait_struck_at(line: int, seen: list[int]) -> None:
+        def trace(frame: FrameType, what: str, _: object) -> Any:
+            if what == "line" and frame.f_code.co_filename in files:
+                seen.append(line)
+                if len(seen) == line:
+                    sys.settrace(None)
+                    watch.close()
+            return trace
+
+        with dscache.Cache({"name": "memory"}) as cache, cache.watch() as watch:
+            sys.settrace(trace)
+            try:
+                assert list(watch) == []
+            finally:
+                sys.settrace(None)
+
+    files = (threading.__file__, blocking_watch.__file__)
+    for line in range(1, 60):  # the first wait takes fewer
+        seen: list[int] = []
+        thread = threading.Thread(target=wait_struck_at, args=(line, seen), daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        assert len(seen) == line
+
+
 async def test_an_unreachable_server(kind: str) -> None:
     cache = Either(kind, url="redis://127.0.0.1:1", connectTimeout=200)
     with pytest.raises(ConnectError):
@@ -583,6 +634,29 @@ def test_a_struck_thread_ends_the_watch_with_an_error(server: EmbeddedServer) ->
         with pytest.raises(ConnectionLost, match="KeyboardInterrupt has ended a thread"):
             for _ in watch:
                 pass
+
+
+@ON_ONE_SERVER
+def test_a_primary_that_is_found_while_the_watch_ends_gets_no_thread(
+    server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dscache.Cache.from_config(server.url) as cache:
+        watch = cache.watch("n/")
+        watch.__enter__()
+        watching = watch._watching
+        changes = watching.changes
+        lose = changes.lose
+
+        def end_meanwhile(node: str, reason: str) -> None:
+            watch.close()
+            lose(node, reason)
+
+        monkeypatch.setattr(changes, "lose", end_meanwhile)
+        options = cache.config.options
+        watching._follow({options.address: options, "new": options}, is_first=False)
+        thread = watching._listening["new"].thread
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
 
 
 @ON_ONE_SERVER

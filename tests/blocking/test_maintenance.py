@@ -197,6 +197,10 @@ def test_an_address_that_is_not_there_is_no_loss(stage: Stage) -> None:
         assert before.accepted == 1
         assert cache.stats()["reconnections"] == 0
         assert maintenance(cache)["moves"] == 0
+        pool: Any = cache._topology
+        until(lambda: not pool._mover._thread.is_alive())
+        # The counters of the attempts are kept, and don't get lost with their connections.
+        assert [held() for held in pool._uncounted.values()] == list(pool._idle)
 
 
 def test_an_address_that_does_not_answer_delays_nobody(stage: Stage) -> None:

@@ -24,6 +24,7 @@ from redis.credentials import CredentialProvider
 
 import dscache
 from dscache import otel
+from dscache.blocking import near_cache
 from dscache.embedded import EmbeddedServer
 from tests.conftest import PATIENT, SERVERS, MakeServer, _server_id
 from tests.support.blocking import (
@@ -788,6 +789,26 @@ def test_a_thread_is_struck_at_each_line(
     options = {"url": server.url, "nearCache": {"idleLimit": 600_000}}
     # A hit is one line of Python.
     assert_struck_at_each_line(options, backend, fewest=1)
+
+
+@on_one_server
+def test_a_first_call_that_is_struck_leaves_no_cache_without_it(
+    server: EmbeddedServer, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Struck(near_cache.NearFront):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            raise KeyboardInterrupt
+
+    config = {"name": "redis", "options": {"url": server.url, "nearCache": NEAR, **PATIENT}}
+    cache = dscache.Cache.from_config(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(near_cache, "NearFront", Struck)
+        with pytest.raises(KeyboardInterrupt):
+            cache.get("a")
+    with cache:
+        cache.get("a")
+        assert cache.stats()["near_cache"]["misses"] == 1
 
 
 @on_one_server

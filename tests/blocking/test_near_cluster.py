@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +25,7 @@ from tests.blocking.test_near import (
 )
 from tests.conftest import BY_AGE, PATIENT
 from tests.soak.cluster_rows import CURIOUS, prefix_on, slot_of
-from tests.support.blocking import until
+from tests.support.blocking import strike, until
 from tests.support.clusters import ClusterGroup
 from tests.support.sentinels import SentinelGroup
 
@@ -156,6 +159,50 @@ def test_a_primary_that_leaves_and_returns_at_once(group: ClusterGroup, backend:
         until(lambda: is_at_hand(cache, name))
         put_on(group, name, 2)
         until(lambda: version_of(cache, name) == 2)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_another_thread_keeps_the_links_after_one_that_is_struck(
+    group: ClusterGroup, backend: str
+) -> None:
+    """Under gevent, a KeyboardInterrupt may strike any greenlet."""
+    name = "n/1"
+    with on_cluster(group) as cache:
+        cache.set(name, 1, 1)
+        until(lambda: is_at_hand(cache, name))
+        pool: Any = cache._topology
+        front: Any = cache._near
+        keeper, left = front._keeper, pool.owner(slot_of(name))
+        strike(keeper, KeyboardInterrupt)
+        front._wanted.set()
+        until(lambda: not keeper.is_alive())
+        link = front._by_address[left]
+        link.stop()
+        link.join()
+        del front._by_address[left]  # the next thread begins another link
+        until(lambda: is_at_hand(cache, name))
+
+
+def test_a_new_primary_that_two_threads_find_at_once(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that keeps the links begins one, and another thread routes the slots."""
+    options = {"nodes": [{"host": "127.0.0.1", "port": 1}], "nearCache": NEAR}
+    with contextlib.closing(dscache.Cache(options)) as cache:
+        cache._open()
+        front: Any = cache._near
+        make = front.core.node
+        both = threading.Barrier(2)
+
+        def make_slowly() -> Any:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.2)  # the other thread may have to wait for this one
+            return make()
+
+        with monkeypatch.context() as patch, ThreadPoolExecutor(2) as threads:
+            patch.setattr(front, "core", SimpleNamespace(node=make_slowly))
+            one, other = threads.map(front._node_at, ["10.0.0.1:6379"] * 2)
+        assert one is other
 
 
 @pytest.mark.parametrize("scale_reads", ["master", "all"])

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from dscache.blocking import near_segment
 from dscache.core import pure
 from dscache.embedded import EmbeddedServer
 from tests.conftest import SERVERS, MakeServer, _server_id
-from tests.support.blocking import until
+from tests.support.blocking import PATIENCE, until
 from tests.support.near_truth import (
     Readers,
     Truth,
@@ -293,6 +294,42 @@ def test_a_forked_child_has_locks_of_its_own(open_cache: OpenCache, redis: redis
     assert version_of(cache, "a") == 2
     assert cache._near.core.leads  # type: ignore[union-attr]
     until(lambda: is_at_hand(cache, "a"), "a hit in the parent")
+
+
+@pytest.mark.parametrize("does", ["get", "close"])
+def test_a_fork_leaves_no_open_file_to_the_child(
+    open_cache: OpenCache, folder: Path, monkeypatch: pytest.MonkeyPatch, does: str
+) -> None:
+    """Also while another thread opens or closes the files; the child would keep their locks."""
+    cache = open_cache()
+    if does == "close":
+        cache.get("a")
+    try_lock = near_segment._try_lock
+    is_busy, has_forked = threading.Event(), threading.Event()
+
+    def try_lock_slowly(file: int, kind: int) -> bool:
+        if threading.current_thread() is thread:
+            is_busy.set()
+            has_forked.wait(0.2)  # it may have to wait for this thread
+        return try_lock(file, kind)
+
+    monkeypatch.setattr(near_segment, "_try_lock", try_lock_slowly)
+    thread = threading.Thread(target=getattr(cache, does), args=["a"][: does == "get"])
+    thread.start()
+    assert is_busy.wait(PATIENCE)
+    pid = os.fork()
+    if pid == 0:
+        count = 255
+        try:
+            count = sum(
+                file.is_symlink() and str(folder) in os.readlink(file)
+                for file in Path("/proc/self/fd").iterdir()
+            )
+        finally:
+            os._exit(count)
+    has_forked.set()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    thread.join()
 
 
 def test_a_segment_that_others_may_write_is_refused(open_cache: OpenCache, folder: Path) -> None:

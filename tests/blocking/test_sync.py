@@ -44,6 +44,7 @@ from tests.support.blocking_checks import (
     assert_each_size_is_read,
     assert_interrupted,
     assert_large_bulks_work,
+    assert_no_counter_falls,
     assert_struck_at_each_line,
 )
 from tests.support.faults import FakeServer
@@ -287,24 +288,79 @@ def test_a_waiting_call_gets_the_place_of_a_lost_connection(open_cache: OpenCach
 
 
 @on_one_server
-def test_stats_while_another_thread_puts_a_connection_aside(open_cache: OpenCache) -> None:
-    cache = open_cache()
-    assert cache.get("a") is None
+def test_no_counter_falls(open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_no_counter_falls(open_cache(maxConnections=1, **PATIENT), monkeypatch)
+
+
+@on_one_server
+def test_a_connection_is_not_given_to_a_thread_that_has_left(
+    open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline of a waiting thread passes between its turn and the connection."""
+    cache = open_cache(maxConnections=1, **PATIENT)
+    cache.set("a", 1, [1])
     pool: Any = cache._topology
-    spares = [pool._new_connection() for _ in range(3)]
+    call_next = pool._call_next
 
-    class Changing(type(pool._unplaced)):  # type: ignore[misc] # whatever it is
-        """Connections of which more come while they are copied."""
+    def call_next_slowly() -> Any:
+        turn = call_next()
+        with pytest.raises(dscache.DeadlineExceeded, match="none of the 1"):
+            waiting.result(PATIENCE)
+        return turn
 
-        def __iter__(self) -> Iterator[Any]:
-            for spare in super().__iter__():
-                if spares:
-                    self.append(spares.pop())
-                yield spare
+    pool._new_pipeline.keywords.update(timeout=2)  # of the thread that waits
+    connection = pool._idle.pop()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(cache.get, "a")
+        until(lambda: pool._waiters)
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "_call_next", call_next_slowly)
+            pool._put_back(connection)
+    del connection
+    assert tuple(cache.get("a")) == (1, [1])
+    stats = cache.stats()
+    assert (stats["connects"], stats["operations"], stats["waiting"]) == (1, 3, 0)
 
-    pool._unplaced = Changing([pool._new_connection()])
-    assert cache.stats()["operations"] == 1
-    assert not spares
+
+@on_one_server
+def test_no_counter_goes_back_while_threads_wait(open_cache: OpenCache) -> None:
+    """Waiting threads have connections without a place, over which others have waited before."""
+    cache = open_cache(maxConnections=1, **PATIENT)
+    cache.set("a", 1, [1])
+    pool: Any = cache._topology
+    pool._new_pipeline.keywords.update(timeout=0.2)
+    connection = pool._idle.pop()
+    with pytest.raises(dscache.DeadlineExceeded, match="none of the 1"):
+        cache.get_bulk(["a", "b"])
+    before = cache.stats()
+    assert (before["operations"], before["failed"], before["pending"]) == (2, 2, 0)
+    spare: Any = pool._spare()  # as a thread that waits again
+    spare.pipeline.get("a")
+    now = cache.stats()
+    assert (now["operations"], now["failed"], now["pending"]) == (3, 2, 0)  # it is "waiting"
+    pool.drop(spare)
+    pool._put_back(connection)
+
+
+@on_one_server
+def test_no_counter_goes_back_while_a_connection_ends(
+    open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache()
+    cache.set("a", 1, [1])
+    pool: Any = cache._topology
+    operations = []
+    disconnect = Connection.disconnect
+
+    def disconnect_slowly(connection: Connection) -> None:
+        operations.append(cache.stats()["operations"])
+        disconnect(connection)
+
+    monkeypatch.setattr(Connection, "disconnect", disconnect_slowly)
+    pool._renew()
+    assert operations == [1]
+    assert tuple(cache.get("a")) == (1, [1])
+    assert cache.stats()["operations"] == 2
 
 
 # -- interruptions
@@ -1030,6 +1086,23 @@ def test_close_does_not_wait_for_ever(open_cache: OpenCache, proxy: ProxyThread)
                 one.result(PATIENCE)
         with pytest.raises(dscache.ConnectionLost, match=r"closed.*the write may have happened"):
             write.result(PATIENCE)
+
+
+def test_close_does_not_blame_the_server_for_an_attempt_to_connect(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as threads:
+        options = {"host": "127.0.0.1", "port": silent.getsockname()[1], "closeTimeout": 10}
+        cache = dscache.Cache(options, **PATIENT)
+        waiting = threads.submit(cache.get, "a")
+        accepted, _ = silent.accept()
+        with accepted:
+            assert accepted.recv(1)
+            cache.close()
+            with pytest.raises(dscache.ConnectionLost, match="the cache was closed"):
+                waiting.result(PATIENCE)
+    assert cache.stats()["last_loss"] == "the cache was closed"
+    assert not [one.getMessage() for one in caplog.records if one.name == "dscache"]
 
 
 @on_one_server

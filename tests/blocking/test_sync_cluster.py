@@ -45,6 +45,7 @@ from tests.support.blocking_checks import (
     assert_each_size_is_read,
     assert_interrupted,
     assert_large_bulks_work,
+    assert_no_counter_falls,
     assert_struck_at_each_line,
 )
 from tests.support.clusters import ClusterGroup, ClusterNode, Failover
@@ -1021,6 +1022,14 @@ def test_a_dropped_cache_is_closed(group: ClusterGroup, backend: str, layout: st
     assert pool() is None
     for node in group.primaries():
         until(lambda node=node: "name=dropped" not in str(node.ask("CLIENT", "LIST")))
+
+
+@on_newest
+def test_no_counter_falls(
+    group: ClusterGroup, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(group, maxConnections=1, **PATIENT) as cache:
+        assert_no_counter_falls(cache, monkeypatch)
 
 
 @on_newest

@@ -452,6 +452,12 @@ def test_mistakes_in_the_configuration(
         ),
         (("cluster", "--config", "all.ndjson"), "a file ending in .yml, .yaml or .json;"),
         (("clutser",), "No such command 'clutser'"),
+        (("redis://:secret@h",), "No such command 'redis://***@h'"),
+        (("doctor", "redis://:secret@h"), "(redis://***@h)"),
+        (("get", "--layout", "rediss://:secret@h"), "'rediss://***@h' is not one of"),
+        (("ls", "\udcff"), "'PREFIX': it is not UTF-8"),
+        (("export", "all.ndjson", "--prefix", "\udcff"), "'--prefix': it is not UTF-8"),
+        (("migrate", "--to", "hashtag", "--dry-run", "--prefix", "\udcff"), "it is not UTF-8"),
         (("--url", NOBODY, "get", "a"), "--url; an option of a command follows its name"),
     ],
 )
@@ -467,6 +473,9 @@ def test_a_wrong_command_line_on_a_terminal() -> None:
     status, written = run_on_terminal("cluster", "--url", NOBODY, "--config", "c.yml")
     assert status == 2
     assert "give only one of them" in plain(written)
+    status, written = run_on_terminal("export", "away\x1b]0;t\x07/a.ndjson")
+    assert status == 2
+    assert "there is no folder away ]0;t" in plain(written)
 
 
 # -- the Redis to use

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import redis as redis_py
 
 from dscache import Cache
 from dscache.embedded import EmbeddedServer
@@ -37,6 +38,19 @@ def differences(done: Done) -> set[tuple[object, ...]]:
 def test_equal_records(here: EmbeddedServer, there: EmbeddedServer, backend: str) -> None:
     done = invoke("diff", there.url, "--url", here.url)
     assert (done.status, done.out, done.err) == (0, "", "dscache: equal\n")
+
+
+def test_damaged_records_are_left_out(here: EmbeddedServer, there: EmbeddedServer) -> None:
+    with redis_py.Redis.from_url(there.url) as client, Cache(there.url) as cache:
+        client.set("user/1_v", "no version")
+        cache.delete("user/2")
+        done = invoke("diff", there.url, "--url", here.url)
+        assert (done.status, differences(done)) == (1, {("user/2", 1, None, "missing")})
+        assert "record 'user/1': its stored version isn't" in done.err
+        assert done.err.endswith("dscache: 1 record differs; 1 damaged record wasn't compared\n")
+    done = invoke("diff", here.url, "--url", there.url, "--prefix", "user/1")
+    assert (done.status, done.out) == (1, "")
+    assert done.err.endswith("dscache: equal; 1 damaged record wasn't compared\n")
 
 
 def test_every_kind_of_difference(here: EmbeddedServer, there: EmbeddedServer) -> None:

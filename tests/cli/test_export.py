@@ -314,11 +314,16 @@ def test_a_target_that_is_no_file(
     assert target.is_fifo() or target.is_dir()
 
 
-def test_two_exports_into_one_file(url: Url, client: redis_py.Redis, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--restart",)])
+def test_two_exports_into_one_file(
+    options: tuple[str, ...], url: Url, client: redis_py.Redis, tmp_path: Path
+) -> None:
     target = export.Target(tmp_path / "all.ndjson")
     with target.open(export.ExportState({})):
-        done = invoke("export", str(tmp_path / "all.ndjson"), *url)
+        done = invoke("export", str(tmp_path / "all.ndjson"), *options, *url)
+        target.finish()
     assert (done.status, "another export is writing it" in done.err) == (1, True)
+    assert [one.name for one in tmp_path.iterdir()] == ["all.ndjson"]
 
 
 @pytest.mark.parametrize("name", ["all.ndjson", "all.ndjson.gz"])

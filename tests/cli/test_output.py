@@ -202,6 +202,21 @@ def test_no_stream_for_errors(records: Path, server: EmbeddedServer) -> None:
         assert done.stdout.count("\n") == 1
 
 
+def test_no_room_for_a_note(records: Path, server: EmbeddedServer) -> None:
+    """The command does its work, and a wrong one has the status of a wrong one."""
+    for words, status, written in (("get a", 0, '{"name":"a"'), ("gte a", 2, "")):
+        done = subprocess.run(
+            ["sh", "-c", f'"$0" -m dscache {words} 2>/dev/full', sys.executable],
+            env={**os.environ, "DSCACHE_URL": server.url},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert (done.returncode, done.stdout[:11]) == (status, written)
+
+
 @pytest.mark.parametrize("name", ["all.ndjson", "all.ndjson.gz"])
 def test_an_export_to_a_file_of_limited_size(
     name: str, records: Path, server: EmbeddedServer

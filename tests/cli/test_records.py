@@ -211,6 +211,24 @@ def test_an_empty_input_is_told(command: str, stdin: bytes, url: Url) -> None:
     assert (done.status, done.out, done.err) == (0, "", f"dscache: no {what} was given\n")
 
 
+@pytest.mark.parametrize("word", ["", "\udcff"], ids=["empty", "surrogate"])
+def test_a_wrong_name_removes_nothing(word: str, url: Url) -> None:
+    invoke("set", "a", "1", "1", *url)
+    done = invoke("delete", "a", word, "b", *url)
+    assert (done.status, done.out) == (1, "")
+    assert invoke("head", "a", *url).status == 0
+
+
+def test_a_name_that_is_not_utf8_is_not_written(url: Url, client: redis_py.Redis) -> None:
+    line = b'{"name":"%b","version":1,"data":1}\n'
+    done = invoke("set", *url, stdin=line % "a\ufffd".encode() + line % b"a\xff")
+    assert (done.status, len(done.lines)) == (1, 1)
+    assert done.err == (
+        "dscache: standard input, line 2: record 'a\ufffd': its name is not UTF-8; the lines after "
+        "it weren't tried\n"
+    )
+
+
 def test_an_endless_stream_is_answered_as_it_arrives(url: Url) -> None:
     invoke("set", "a", "1", "[]", *url)
     with running("get", *url) as process:
@@ -350,6 +368,19 @@ def test_a_record_is_printed_at_each_change(url: Url, client: redis_py.Redis) ->
         assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
 
 
+def test_a_damaged_record_does_not_end_a_watch(url: Url, client: redis_py.Redis) -> None:
+    invoke("set", "a", "1", "1", *url)
+    client.mset({"b_v": "no version", "b_d": "1"})
+    with running("get", "a", "b", "--watch", "--json", *url) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["version"] == 1
+        client.client_kill_filter(_type="normal", skipme=True)
+        client.mset({"a_v": 2, "a_d": "2"})
+        assert json.loads(process.stdout.readline())["version"] == 2
+        client.mset({"a_v": 3, "a_d": "3"})
+        assert json.loads(process.stdout.readline())["version"] == 3
+
+
 def test_what_changed_in_a_gap_is_printed_behind_it(url: Url, client: redis_py.Redis) -> None:
     client.mset({"a_v": 1, "a_d": "1"})
     with running("get", "a", "--watch", *url) as process:
@@ -394,6 +425,17 @@ def test_a_terminal_without_colours_and_with_json(url: Url) -> None:
     assert (status, json.loads(written)["version"]) == (0, 1)
     _, written = run_on_terminal("set", "a", "1", "[]", "--if-newer", *url)
     assert "not written: Redis holds the same or a newer version" in plain(written)
+
+
+def test_a_terminal_without_unicode(url: Url) -> None:
+    invoke("set", "a\u65e5", "1", '"\xe9"', *url)
+    for words, shown in (
+        (("get", "a\u65e5"), '"\\xe9"'),
+        (("ls",), "a\\u65e5"),
+        (("top", "--once"), "\\xb5s/op"),
+    ):
+        status, written = run_on_terminal(*words, *url, PYTHONIOENCODING="ascii")
+        assert (status, shown in plain(written)) == (0, True)
 
 
 def test_stored_data_is_shown_without_control_characters(url: Url, client: redis_py.Redis) -> None:

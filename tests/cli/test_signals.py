@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -209,6 +211,37 @@ def test_a_command_that_waits_for_input(
     assert (process.returncode, out, err) == (STATUS[number], "", expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "number"), alternately(("get", "export -", "ls"), *STATUS, signal.SIGTERM)
+)
+def test_a_command_whose_reader_pauses(
+    name: str,
+    number: signal.Signals,
+    holder: EmbeddedServer,
+    client: redis_py.Redis,
+    tmp_path: Path,
+) -> None:
+    """It ends before anything more is read."""
+    client.mset({f"long/{n:0300}_{half}": 1 for n in range(500) for half in "vd"})
+    client.mset({"long_v": 1, "long_d": '"%s"' % ("a" * 200_000)})
+    words = ("get", "long") if name == "get" else AT_WORK[name][0]
+    with started(tmp_path, number, *words, "--url", holder.url) as process:
+        assert process.stdout is not None
+        pipe = process.stdout.fileno()
+        size = fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
+        held = bytearray(4)
+
+        def is_full() -> bool:
+            fcntl.ioctl(pipe, termios.FIONREAD, held)
+            return int.from_bytes(held, sys.byteorder) > size - 4096
+
+        wait_for(is_full, process)
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == STATUS[number]
+        assert process.stderr is not None
+        assert process.stderr.read() == EXPECTED.get(name, "")
+
+
 def test_a_program_whose_metrics_stall(tmp_path: Path) -> None:
     with stalling() as server:
         url = f"http://{server.address}/metrics"
@@ -358,6 +391,24 @@ def test_an_interrupt_within_an_import_gives_the_status_too(work: str) -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (143, b"")
+
+
+def test_ctrl_c_while_the_process_ends() -> None:
+    program = (
+        "import atexit, os, signal, sys\n"
+        "sys.argv = ['dscache', '--version']\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "from dscache import cli\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
 STRIKE = """

@@ -301,8 +301,8 @@ def test_address(source: str, address: str) -> None:
         ),
         (
             {"rpc": {}, "Cache": {}},
-            'mapping: no section cache, the sections are: rpc, Cache; did you mean "Cache"?; '
-            f"write {EXAMPLE}",
+            'mapping: no section cache, the sections are: rpc, Cache; rename "Cache" to '
+            f"cache, or write {EXAMPLE}",
         ),
         (
             {"plugins": None},
@@ -775,6 +775,23 @@ def field(found: Options, line: str) -> object:
             "text",
         ),
         ("nodes: [{port: x}]", f"nodes[0].port: {PORT}, not 'x'"),
+        (
+            "nodes: [{host: 'rediss://h:7000'}]",
+            "nodes[0].host: must be a host name or an address without a port, not "
+            "'rediss://h:7000'; for a URL, give its host and port as the options host and port; "
+            "rediss:// becomes redisOptions: {tls: true}",
+        ),
+        (
+            f"{{name: m, sentinels: [{{host: 'redis://:{SECRET}@h'}}]}}",
+            "sentinels[0].host: must be a host name or an address without a port, not text; for a "
+            "URL, give its host and port as the options host and port; Sentinels are queried "
+            "without TLS",
+        ),
+        (
+            "{nodes: [{}], natMap: {'a:1': {host: 'redis://h', port: 1}}}",
+            'natMap["a:1"].host: must be a host name or an address without a port, not '
+            "'redis://h'; for a URL, give its host and port as the options host and port",
+        ),
         ("redisOptions: 5", "redisOptions: must be a mapping of options, not a number"),
         ("tls: yes", "tls: must be true, false or a mapping of options, not text"),
         ("tls: 1", "tls: must be true, false or a mapping of options, not a number"),

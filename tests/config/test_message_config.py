@@ -105,7 +105,7 @@ def options(**written: Any) -> dict[str, Any]:
             "mapping: no section clusterNode, the sections are: none; write clusterNode: {",
         ),
         ({"cache": ENTRY}, "no section clusterNode, the sections are: cache; write"),
-        ({"clusternode": ENTRY}, 'did you mean "clusternode"?'),
+        ({"clusternode": ENTRY}, '; rename "clusternode" to clusterNode, or write'),
         ({"clusterNode": None}, "mapping: clusterNode: must be a mapping; write"),
         ({"clusterNode": {}}, 'clusterNode.name: must be "redis", not missing'),
         ({"clusterNode": {"name": "memory"}}, "must be \"redis\", not 'memory'"),

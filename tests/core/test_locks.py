@@ -1,9 +1,12 @@
-"""The locks that threads share stay free when an exception of a signal handler arrives."""
+"""Locks and events that threads share stay usable when a signal handler strikes."""
 
 from __future__ import annotations
 
 import _thread
+import sys
 import threading
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -78,3 +81,35 @@ def is_free(lock: threading.RLock) -> bool:
     thread.start()
     thread.join()
     return found[0]
+
+
+@pytest.mark.parametrize("loses", [False, True])
+def test_a_handler_sets_an_event_at_any_line_of_a_wait(
+    monkeypatch: pytest.MonkeyPatch, loses: bool
+) -> None:
+    """A signal handler runs between two lines of its thread, and so does a trace function."""
+    monkeypatch.setattr(_locks, "_LOSES_LOCKS", loses)
+
+    def wait_struck_at(line: int, event: threading.Event, seen: list[int]) -> None:
+        def trace(frame: FrameType, what: str, _: object) -> Any:
+            if what == "line" and frame.f_code.co_filename == threading.__file__:
+                seen.append(line)
+                if len(seen) == line:
+                    sys.settrace(None)
+                    event.set()
+            return trace
+
+        sys.settrace(trace)
+        event.wait(0.001)
+        sys.settrace(None)
+
+    for line in range(1, 200):
+        event, seen = _locks.ReentrantEvent(), list[int]()
+        thread = threading.Thread(target=wait_struck_at, args=(line, event, seen), daemon=True)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
+        if len(seen) < line:
+            break
+        assert event.is_set()
+    assert 10 < line < 199

@@ -1192,11 +1192,11 @@ def test_texts_of_expired_operations(
     [waiting] = exchange.issue(operation)
     exchange.pipeline.expire(math.inf)
     assert str(sent.error) == (
-        f"{name}: no answer from {ADDRESS} within 2500 ms (sent; 1 records in flight)"
+        f"{name}: no answer from {ADDRESS} within 2500 ms (sent; 1 record in flight)"
         + ("; the write may have happened" if written else "")
     )
     assert str(waiting.error) == (
-        f"{name}: not sent to {ADDRESS} within 2500 ms (1 records in flight before it); "
+        f"{name}: not sent to {ADDRESS} within 2500 ms (1 record in flight before it); "
         "nothing was done"
     )
 

@@ -7,17 +7,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pydantic
 import pytest
 
+from dscache.core import pure
 from dscache.core.batch import latest_serial, serials
 from tests.support.waiting import PATIENCE
 from tests.support.wire import CORES, Waiter
 
 THREADS = 4
+CORE = str(Path(pure.__file__).parent)
 
 
 @pytest.fixture(params=CORES)
@@ -235,3 +238,86 @@ def test_no_hit_is_older_than_what_was_reported(core: Any) -> None:
     node.disconnected("connection", False)
     assert near.get("a").version == version  # is read anew
     assert near.stats()["misses"] == stats["misses"] + 1
+
+
+def test_reads_end_beside_close_and_leave_nothing(core: Any) -> None:
+    for number in range(300):
+        near = core.SharedNearCache(lambda _n, _t: None, lambda _n: None, max_records=3)
+        near.only_node().connected("one", time.monotonic())
+
+        def read(_: int, near: Any = near) -> None:
+            for i in range(30):
+                near.begin_read(f"n{i}")
+
+        def close(_: int, near: Any = near, number: int = number) -> None:
+            for _ in range(10 * (number % 30)):
+                pass
+            near.close()
+
+        in_threads(lambda i, both=(read, close): both[i](i), 2)  # type: ignore[misc]
+        stats = near.stats()
+        assert (stats["records"], stats["bytes"]) == (0, 0)
+
+
+@pytest.mark.parametrize("version", [None, 1])
+def test_two_reads_of_one_name_make_one_record(core: Any, version: int | None) -> None:
+    near = core.SharedNearCache(lambda _n, _t: "missed", lambda _n: "missed")
+    near.only_node().connected("one", time.monotonic())
+    reads = [near.begin_read("a"), near.begin_read("a")]
+    for read in reads:
+        near.settle(read, version and core.Record("a", version, b"1"), True)
+    assert near.get("a") != "missed"
+    once = near.stats()
+    assert once["records"] == 1
+    near.begin_write(["a"]).end()
+    near.settle(near.begin_read("a"), version and core.Record("a", version, b"1"), True)
+    assert near.stats()["bytes"] == once["bytes"]
+
+
+@pytest.mark.parametrize("what", ["write", "read", "close"])
+def test_a_signal_handler_may_use_a_full_near_cache_at_any_line(what: str) -> None:
+    """While another read takes the place of the oldest record."""
+    names = [f"n{i}" for i in range(4)]
+
+    def read(near: Any, name: str) -> None:
+        entry = near.begin_read(name)
+        if entry is not None:
+            near.settle(entry, pure.Record(name, 1, b"1"), True)
+
+    uses: dict[str, Callable[[Any], object]] = {
+        "write": lambda near: near.begin_write(names).end(),
+        "read": lambda near: read(near, "m"),
+        "close": lambda near: near.close(),
+    }
+    for after in range(1000):
+        near = pure.SharedNearCache(lambda _n, _t: None, lambda _n: None, max_records=4)
+        near.only_node().connected("one", time.monotonic())
+        for name in names:
+            read(near, name)
+        near.get("n0")  # so that it stays for another round
+        left = after
+
+        def trace(frame: Any, event: str, _argument: Any, near: Any = near) -> Any:
+            nonlocal left
+            if not frame.f_code.co_filename.startswith(CORE):
+                return None
+            if event == "line":
+                left -= 1
+                if left == -1:
+                    sys.settrace(None)
+                    uses[what](near)
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            read(near, "new")
+        finally:
+            sys.settrace(before)
+        if left >= 0:
+            break
+        if what != "close":
+            assert near.stats()["records"] <= 4
+            near.begin_write([*names, "new", "m"]).end()
+            assert near.stats()["records"] == 0
+    assert 30 < after < 999

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import math
 import numbers
 import os
 import pickle
@@ -264,6 +265,28 @@ def test_a_model_is_written_as_its_own_json(core: Any) -> None:
     text = b'{"name":"Ada","years":36,"born":"1815-12-10"}'
     assert core.encode_data("a", ADA) == text
     assert core.encode_data("a", [ADA, "\ud800"]) == b"[" + text + rb',"\ud800"]'
+
+
+class Measured(pydantic.BaseModel, ser_json_inf_nan="constants"):
+    value: float
+    text: str = ""
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_model_that_writes_no_json_is_refused(core: Any, value: float) -> None:
+    model = Measured(value=value)
+    for data, path in ((model, "$"), ([0, {"n": model}], "$[1].n"), (["\ud800", model], "$[1]")):
+        with pytest.raises(RecordError) as refused:
+            core.encode_data("a", data)
+        assert str(refused.value) == (
+            f"record 'a': data can't be encoded: {path}: the model Measured writes NaN or "
+            'Infinity, which isn\'t JSON; set its ser_json_inf_nan to "null" or "strings"'
+        )
+
+
+def test_a_model_may_have_such_words_in_its_text(core: Any) -> None:
+    model = Measured(value=1.5, text="NaN, Infinity")
+    assert core.encode_data("a", model) == b'{"value":1.5,"text":"NaN, Infinity"}'
 
 
 @pytest.mark.parametrize("backend", ["fast", "pure"])

@@ -132,6 +132,9 @@ def test_fastapi(fastapi_url: str, private: EmbeddedServer) -> None:
         elsewhere_again = http.put(record, params={"version": 3}, json=[])
         assert elsewhere_again.status_code == 204
         assert early.recv(PATIENCE) == "[]"
+        with dscache.Cache.from_config(private.url) as cache:
+            cache.set("room/1", 3, {"open": True})  # no condition, so any version is written
+        assert early.recv(PATIENCE) == '{"open":true}'
 
 
 def test_fastapi_while_redis_is_down(private: EmbeddedServer, fastapi_url: str) -> None:

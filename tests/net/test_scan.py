@@ -238,3 +238,33 @@ def test_unexpected_replies(nodes: object, monkeypatch: pytest.MonkeyPatch) -> N
     now[0] = 11.0
     with pytest.raises(ProtocolError, match="CLUSTER NODES"):
         steps.send(Reply(None, [b"", nodes]))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        7,
+        [b"0"],
+        [0, []],
+        [99_999_999_999, []],
+        [[], []],
+        [None, [b"a_v"]],
+        [b"0", None],
+        [b"0", [7]],
+        [b"0", [b"a_v", None]],
+        [ReplyError("NOPERM no"), []],
+    ],
+    ids=repr,
+)
+def test_unexpected_replies_to_scan(reply: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number as the cursor made the scan begin again for ever, or took that many bytes."""
+    now = [0.0]
+    monkeypatch.setattr(net_scan.time, "monotonic", lambda: now[0])
+    steps = NameScan(load("redis://127.0.0.1").options, "", 10).steps()
+    next(steps)
+    request = steps.send(Reply(None, [b"", b""]))
+    assert isinstance(request, Request)
+    assert request.commands[0][0] == "SCAN"
+    now[0] = 11.0
+    with pytest.raises(ProtocolError, match="unexpected reply to SCAN"):
+        steps.send(Reply(None, [reply]))

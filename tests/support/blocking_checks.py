@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 import dscache
 from dscache.core.constants import READ_BUFFER_BYTES
-from tests.support.blocking import run_child
+from tests.support.blocking import PATIENCE, run_child, until
 
 
 def assert_interrupted(where: str, count: int, backend: str) -> None:
@@ -47,6 +48,39 @@ def assert_a_lost_connection_frees_its_place(cache: dscache.Cache) -> None:
     gone = weakref.ref(line)
     del line
     assert gone() is None
+
+
+def assert_no_counter_falls(cache: dscache.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a call wait for the only connection, twice, and end the connection.
+
+    The second call uses the same connection without a place. Another thread may ask for the
+    counters at any moment.
+    """
+    cache.get("a")
+    pool: Any = cache._topology
+    operations = cache.stats()["operations"]
+    with ThreadPoolExecutor(1) as threads:
+        for _ in range(2):
+            connection = pool._idle.pop()
+            waiting = threads.submit(cache.get, "a")
+            until(lambda: pool._waiters)
+            operations += 1
+            stats = cache.stats()
+            pool._put_back(connection)
+            waiting.result(PATIENCE)
+            assert (stats["operations"], stats["pending"], stats["waiting"]) == (operations, 0, 1)
+    seen = []
+    discard = type(connection).discard
+
+    def discarded(ended: Any) -> None:
+        discard(ended)
+        seen.append(cache.stats()["operations"])
+
+    monkeypatch.setattr(type(connection), "discard", discarded)
+    pool._retire(lambda _: True)
+    monkeypatch.undo()
+    assert seen == [operations]
+    assert cache.stats()["operations"] == operations
 
 
 def assert_large_bulks_work(cache: dscache.Cache, count: int) -> None:

@@ -9,9 +9,11 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +61,14 @@ def invoke(*words: str, stdin: bytes = b"", source: TextIO | None = None) -> Don
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
+            before = signal.getsignal(signal.SIGINT)
             try:
                 cli.main()
             except SystemExit as ended:
                 status = ended.code
+            finally:
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGINT, before)
             if isinstance(status, str):  # which Python prints before it ends with status 1
                 print(status, file=sys.stderr)
                 status = 1

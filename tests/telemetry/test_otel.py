@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -125,6 +127,32 @@ async def test_several_caches_until_they_are_gone(
     assert [
         one for one in caplog.records if one.name.startswith(("opentelemetry", "dscache"))
     ] == []
+
+
+def test_caches_from_before_and_after_the_global_provider_was_set() -> None:
+    program = (
+        "import dscache\n"
+        "from dscache import otel\n"
+        "from opentelemetry import metrics\n"
+        "from opentelemetry.sdk.metrics import MeterProvider\n"
+        "from opentelemetry.sdk.metrics.export import InMemoryMetricReader\n"
+        "from tests.telemetry.test_otel import points\n"
+        "one, two = dscache.Cache({'name': 'memory'}), dscache.Cache({'name': 'memory'})\n"
+        "otel.observe(one, 'one')\n"
+        "reader = InMemoryMetricReader()\n"
+        "metrics.set_meter_provider(MeterProvider([reader]))\n"
+        "otel.observe(two, 'two')\n"
+        "try: otel.observe(two, 'one')\n"
+        "except ValueError as error: print(error)\n"
+        "print([one.attributes['dscache.cache'] for one in points(reader, 'dscache.ready')])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == [
+        'a cache "one" already exists; give each cache its own name',
+        "['one', 'two']",
+    ]
 
 
 async def test_nodes_of_a_cluster(
@@ -335,6 +363,44 @@ async def test_errors(make_cache: MakeCache, spans: Spans, redis: Any) -> None:
         ("RecordError", None),
         ("BulkError", None),
     ]
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+async def test_asyncio_reports_an_error_that_nobody_looks_at(
+    make_cache: MakeCache, spans: Spans, redis: Any, is_traced: bool
+) -> None:
+    cache = await make_cache()
+    if is_traced:
+        otel.trace(cache, tracer_provider=spans.provider, roots=True)
+    redis.mset({"bad_v": "none", "bad_d": "1"})
+    reported: list[Any] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: reported.append(context["message"]))
+    cache.get("bad")
+    await cache.get("good")
+    await asyncio.sleep(0)
+    gc.collect()
+    assert reported == ["Future exception was never retrieved"]
+    assert len(spans()) == 2 * is_traced
+
+
+async def test_a_bulk_by_keyword_and_one_that_is_refused(
+    make_cache: MakeCache, spans: Spans
+) -> None:
+    cache = await make_cache(name="memory")
+    otel.trace(cache, tracer_provider=spans.provider, roots=True)
+    await cache.get_bulk(names=["a"])
+    await cache.head_bulk(names=iter(["a", "b"]))
+    await cache.set_bulk(records={"a": (1, 1), "b": (1, 1)})
+    with pytest.raises(dscache.RecordError, match="takes an iterable of names, not 5"):
+        await cache.get_bulk(5)  # type: ignore[arg-type] # as a program may
+    await asyncio.sleep(0)
+    told = []
+    for span in spans():
+        attributes = span.attributes or {}
+        size = attributes.get(db_attributes.DB_OPERATION_BATCH_SIZE)
+        told.append((attributes[db_attributes.DB_OPERATION_NAME], size))
+    assert told == [("get", None), ("BATCH head", 2), ("BATCH set", 2), ("BATCH get", None)]
 
 
 async def test_an_update_has_one_span(make_cache: MakeCache, spans: Spans) -> None:

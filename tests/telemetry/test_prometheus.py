@@ -110,7 +110,7 @@ async def test_several_caches(make_cache: MakeCache, registry: CollectorRegistry
         register(cache, name, registry)  # registering again adds nothing
         for _ in range(number + 1):
             await cache.get("a")
-    with pytest.raises(ValueError, match='a cache "one" already'):
+    with pytest.raises(ValueError, match=r'a cache "one" is.*call remove\(\'one\'\)'):
         register(caches["two"], "one", registry)
     with pytest.raises(TypeError, match="needs an AsyncCache or a Cache, not NoneType"):
         register(None, "three", registry)  # type: ignore[arg-type] # as a program may
@@ -119,6 +119,20 @@ async def test_several_caches(make_cache: MakeCache, registry: CollectorRegistry
     collector.remove("two")
     collector.remove("two")
     assert value(registry, "dscache_operations_total", cache="two") is None
+
+
+async def test_an_unregistered_collector_is_replaced(
+    make_cache: MakeCache, registry: CollectorRegistry
+) -> None:
+    """As between two tests of a program that empty the registry."""
+    for _ in range(2):
+        cache = await make_cache(name="memory")
+        collector = register(cache, "one", registry)
+        assert register(cache, "one", registry) is collector
+        await cache.get("a")
+        assert value(registry, "dscache_operations_total", cache="one") == 1
+        registry.unregister(collector)
+        assert samples(registry) == []
 
 
 async def test_before_opening_and_after_closing(registry: CollectorRegistry) -> None:
@@ -357,6 +371,29 @@ async def test_collection_from_another_thread_while_nodes_change(
             over.set()
             await asyncio.to_thread(asking.join, 30)
         assert failures == []
+
+
+async def test_a_node_that_leaves_during_a_collection_counts_once(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FakeCluster() as fakes, opened(fakes) as cache:
+        await asyncio.gather(*(cache.get(f"n{i}") for i in range(20)))
+        topology: Any = cache._topology
+        operations = cache.stats()["operations"]
+        first, *_, last = topology.nodes.by_address.values()
+        count = first.stats
+
+        def leave_meanwhile() -> dict[str, Any]:
+            monkeypatch.undo()
+            topology.nodes.leave(last)
+            counts: dict[str, Any] = count()
+            return counts
+
+        monkeypatch.setattr(first, "stats", leave_meanwhile)
+        for _ in range(2):
+            assert cache.stats()["operations"] == operations
+        await asyncio.wait(topology.nodes.leaving.values())
+        assert cache.stats()["operations"] == operations
 
 
 def test_exporters_are_imported_on_demand() -> None:

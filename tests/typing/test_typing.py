@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.documents import blocks
+
 HERE = Path(__file__).parent
 PROJECT = HERE.parents[1]
 STATED = sorted(HERE.glob("[!_]*.py"))
@@ -33,7 +35,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def mypy(cache: Path, *files: Path) -> subprocess.CompletedProcess[str]:
+def mypy(cache: Path, *files: Path | str) -> subprocess.CompletedProcess[str]:
     # Errors in dscache itself are for `make lint`, which has all stubs.
     settings = ("--config-file=", "--strict", "--python-version=3.11", "--follow-imports=silent")
     return run("mypy", *settings, f"--cache-dir={cache}", *map(str, files))
@@ -51,6 +53,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_mypy_infers_the_documented_types(cache: Path) -> None:
     done = mypy(cache, *STATED)
+    assert done.returncode == 0, done.stdout
+
+
+def test_mypy_accepts_the_typed_programs_of_the_pages(tmp_path: Path, cache: Path) -> None:
+    programs = []
+    for page in ("frameworks", "watch"):
+        for block in blocks(PROJECT / "docs" / f"{page}.md"):
+            if block.language == "python" and "->" in block.text:
+                programs.append(tmp_path / f"{page}_{block.line}.py")
+                programs[-1].write_text(block.text, encoding="utf-8")
+    assert len(programs) == 3
+    done = mypy(cache, "--allow-untyped-defs", *programs)
     assert done.returncode == 0, done.stdout
 
 

@@ -15,6 +15,7 @@ from ...aio.sentinel import Sentinels
 from ...config import Config, Options, SentinelNode
 from ...config.messages import MessageConfig
 from ...config.validation import Location
+from ...core.failures import refuses
 from ...core.keys import is_version_key, partner
 from ...errors import ConfigError, DscacheError, ReplyError, clean
 from ...net.connect_errors import IF_PLAIN, IF_TLS, is_full
@@ -250,9 +251,17 @@ async def _take_sample(primaries: Primaries, options: Options) -> Sample:
         cursor: bytes = b"0"
         keys: list[bytes]
         for _ in range(rounds):
-            cursor, keys = await primary.server.execute("SCAN", cursor, "COUNT", SCAN_COUNT)
+            try:
+                cursor, keys = await primary.server.execute("SCAN", cursor, "COUNT", SCAN_COUNT)
+            except ReplyError as error:
+                if not refuses("scan", error):
+                    raise
+                sample.unscanned = error.message
+                break
             behind = [key for key in keys if key.startswith(either.prefix)]
-            old = set(await one_key.find_keys(primaries, behind) if behind else ())
+            old = set[bytes]()
+            if behind and not sample.unread:
+                old.update(await one_key.find_keys(primaries, behind, sample.unread))
             sample.one_key += len(old)
             sample.first_one_key = sample.first_one_key or next(iter(old), b"")
             # A hashtag key is also a deepstream key, of a name in braces.

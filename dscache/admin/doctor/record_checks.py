@@ -31,6 +31,10 @@ class Sample:
     first_one_key: bytes = b""
     sizes: dict[bytes, int] = field(default_factory=dict)
     """The bytes of text of the data keys that were measured."""
+    unscanned: str = ""
+    """Why a server refuses to list keys."""
+    unread: list[str] = field(default_factory=list)
+    """Why servers refuse to show the beginnings of values."""
     unmeasured: str = ""
     """Why the server refuses to tell sizes."""
     frequencies: dict[str, dict[bytes, int]] = field(default_factory=dict)
@@ -42,9 +46,17 @@ class Sample:
             self.frequencies.setdefault(address, {}).update(found)
 
 
+def _unscanned(check: Check, sample: Sample) -> Finding:
+    return check.unknown(
+        f"SCAN is refused: {sample.unscanned}", "allow +scan to have the records checked"
+    )
+
+
 def check_halves(sample: Sample) -> Finding:
     """Check for records that have lost one of their keys."""
     check = Check("halves")
+    if sample.unscanned:
+        return _unscanned(check, sample)
     halves = sample.halves
     if not sample.records:
         return check.ok("no records yet")
@@ -61,7 +73,9 @@ def check_halves(sample: Sample) -> Finding:
 def check_sizes(sample: Sample) -> Finding:
     """Check for records so large that each read or write of one delays all others."""
     check = Check("large records")
-    if sample.unmeasured:
+    if sample.unscanned:
+        return _unscanned(check, sample)
+    if sample.unmeasured and not sample.sizes:
         return check.unknown(
             f"STRLEN is refused: {sample.unmeasured}", "allow +strlen to have sizes checked"
         )
@@ -86,12 +100,20 @@ def _kilobytes(size: int) -> str:
 
 
 def check_one_key(sample: Sample) -> list[Finding]:
-    """Check for records of deepstream 1 to 3; no finding if there are none."""
+    """Check for records of deepstream 1 to 3; no finding if the servers say that there are none."""
+    check = Check("one-key records")
+    if sample.unread and not sample.one_key:
+        return [
+            check.unknown(
+                f"GETRANGE is refused: {sample.unread[0]}",
+                "allow +getrange to have records of deepstream 1 to 3 found",
+            )
+        ]
     if not sample.one_key:
         return []
     first = shorten(sample.first_one_key.decode(errors="replace"))
     return [
-        Check("one-key records").bad(
+        check.bad(
             f"{number(sample.one_key, 'record')} of deepstream 1 to 3 in a sample, each under one "
             f"key, such as {first}",
             "dscache and deepstream 4 or newer find none of them: run "
@@ -103,6 +125,8 @@ def check_one_key(sample: Sample) -> list[Finding]:
 def check_layout(sample: Sample, configured: str, *, on_cluster: bool) -> Finding:
     """Check that the keys are in the configured layout."""
     check = Check("key layout")
+    if sample.unscanned:
+        return _unscanned(check, sample)
     counts = {DEEPSTREAM: sample.deepstream, HASHTAG: sample.hashtag}
     other = HASHTAG if configured == DEEPSTREAM else DEEPSTREAM
     if not counts[other]:

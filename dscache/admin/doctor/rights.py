@@ -11,9 +11,9 @@ import secrets
 from collections.abc import Sequence
 from typing import Final
 
-from ...aio.control import ControlConnection, RawCommand
+from ...aio.control import ControlConnection, RawCommand, Reply
 from ...core.failures import refuses
-from ...errors import ReplyError
+from ...errors import ReplyError, shorten
 from ..key_layout import Layout
 from .findings import Check, Finding
 
@@ -36,7 +36,13 @@ _DISPENSABLE: Final = frozenset(
 )
 # Without these, only some features fail.
 _OF_SOME: Final = frozenset({*FOR_SCRIPTS, *FOR_SCANS, "select"})
-_NO_KEY = "the names of records"
+_NO_KEY: Final = "the names of records"
+_NO_WRITE: Final = "writes to the names of records"
+_OTHERS: Final = "names such as "
+# Of the trials on a key, those that need the right to write to it.
+_WRITES: Final = ("del", "set")
+# Keys that are tried if the one without a record is refused.
+_KEYS: Final = 1000
 
 
 async def find_missing_rights(
@@ -48,21 +54,46 @@ async def find_missing_rights(
     """
     key, _ = layout.keys(f"dscache doctor {secrets.token_hex(8)}")
     missing = []
-    keys_refused = False
+    refused: set[str] = set()
     trials = _trials(key, db, is_cluster=is_cluster)
     replies = await server.execute_many(*(trial for _, trial in trials))
     for (name, _), reply in zip(trials, replies, strict=True):
         if isinstance(reply, ReplyError):
             if refuses(name.partition("|")[0], reply):
                 missing.append(name)
-            keys_refused = keys_refused or (reply.code == "NOPERM" and " key" in reply.message)
+            if _refuses_key(reply):
+                refused.add(name)
     # MSET has no form without an effect, but one within a transaction that is given up.
     (begun,) = await server.execute_many(["MULTI"])
+    said: Reply = None
     if not isinstance(begun, ReplyError):
-        reply, _ = await server.execute_many(["MSET", key, ""], ["DISCARD"])
-        if isinstance(reply, ReplyError) and refuses("mset", reply):
-            missing.append("mset")
-    return [*missing, *([_NO_KEY] if keys_refused else ())]
+        said, _ = await server.execute_many(["MSET", key, ""], ["DISCARD"])
+    elif begun.code == "NOPERM":
+        # A server with users looks at the rights first, and then refuses a key without a value.
+        (said,) = await server.execute_many(["MSET", key, "", key])
+    if isinstance(said, ReplyError) and refuses("mset", said) and "number of" not in str(said):
+        missing.append("mset")
+    if refused.issubset(_WRITES):
+        return [*missing, *([_NO_WRITE] if refused else ())]
+    return [*missing, await _refused_names(server, layout, key)]
+
+
+def _refuses_key(reply: Reply) -> bool:
+    return isinstance(reply, ReplyError) and reply.code == "NOPERM" and " key" in reply.message
+
+
+async def _refused_names(server: ControlConnection, layout: Layout, key: bytes) -> str:
+    """Return how to call the names that are refused: those of all records, or such as of a key.
+
+    The user may have the right to all names that the program uses, and no other.
+    """
+    (reply,) = await server.execute_many(["SCAN", 0, "COUNT", _KEYS])
+    keys: list[bytes] = [] if isinstance(reply, ReplyError) else reply[1]
+    there = [one for one in keys if layout.name_of(one) is not None]
+    reads: list[RawCommand] = [["GET", one] for one in there]
+    if there and all(map(_refuses_key, await server.execute_many(*reads))):
+        return _NO_KEY
+    return f"{_OTHERS}{shorten(layout.name_of(key))}"
 
 
 def _trials(key: bytes, db: int, *, is_cluster: bool) -> Sequence[tuple[str, RawCommand]]:
@@ -107,11 +138,19 @@ def check_rights(missing: Sequence[str], username: str | None) -> Finding:
     if not missing:
         return check.ok("every command that a cache needs")
     found = f"no {', '.join(missing)}"
-    rules = " ".join(f"+{name}" for name in missing if name != _NO_KEY)
+    commands = [name for name in missing if " " not in name]
+    rules = " ".join(f"+{name}" for name in commands)
     if rules:
         advice = f"ACL SETUSER {username or 'default'} {rules}, or end the renaming of the command"
     else:
         advice = "allow the user the pattern of the keys, such as ~*"
+    if len(commands) < len(missing) and _DISPENSABLE.issuperset(commands):
+        if missing[-1] == _NO_WRITE:
+            return check.warning(found, "reads work, and writes fail: allow ~ in place of %R~")
+        if missing[-1] != _NO_KEY:
+            return check.unknown(
+                found, "the user's patterns of keys, such as ~user/*, must match all your names"
+            )
     if _DISPENSABLE.issuperset(missing):
         return check.ok(f"{found}, without which a cache works too")
     if _OF_SOME.union(_DISPENSABLE).issuperset(missing):
