@@ -31,7 +31,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakMethod, ref
 
-from .._locks import make_lock
+from .._locks import ReentrantEvent, make_lock
 from ..config.address import join_address
 from ..core.recovery import change_timeout
 from ..errors import ConfigError, ProtocolError, ReplyError
@@ -179,7 +179,7 @@ class Mover:
         self._lock = make_lock()
         self._stopping = threading.Event()
         # Set when the latest move is to end: another one begins, or the pool is closed.
-        self._over = threading.Event()
+        self._over: threading.Event = ReentrantEvent()
         self._thread: threading.Thread | None = None
         # A later announcement may begin another move while the first still tries to connect.
         self.opening: set[Connection] = set()
@@ -194,7 +194,7 @@ class Mover:
             self._over.set()
             if self._stopping.is_set():  # by another thread, just now
                 return
-            over = self._over = threading.Event()
+            over = self._over = ReentrantEvent()
         if len(self.opening) >= _MOST_ATTEMPTS:
             # A faulty server announces without end.
             self._end_attempts("the server has announced another address")
