@@ -814,7 +814,7 @@ class Cache(CacheBase[Pool | MemoryPool]):
             if self._topology is None:
                 self._pid = os.getpid()
                 topology = self._make_topology()
-                # In this order: whatever strikes here, or forks, no pool goes without a near cache.
+                # In this order: no exception or fork in between leaves the pool alone.
                 self._near = self._make_near(topology)
                 self._topology = topology
             run: _Run = self._topology.run

@@ -97,7 +97,7 @@ class ClusterConnection:
             return False
         if node.pipeline.in_flight:
             node.give_up()
-        elif node.pipeline.away:
+        elif outcome.error is not None and node.pipeline.away:
             node.check()
         return True
 

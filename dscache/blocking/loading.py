@@ -14,7 +14,7 @@ from ..core import loading, notes
 from ..core.changes import PLAIN
 from ..core.failures import of_call
 from ..core.fetch_terms import AwaitedLoad, Checks, Terms
-from ..core.flights import Flight
+from ..core.flights import Flight, in_same_thread
 from ..core.holder import GLANCE, Holder
 from ..core.loading import Do, Load, Outcome, Pause, Step
 from ..core.notes import note_of
@@ -40,6 +40,11 @@ class _Flight(Flight):
     def is_over(self) -> bool:
         """Whether the thread has ended the load, or was struck before it could say so."""
         return self.ended.is_set() or self._holder() is None
+
+    def is_of_this_thread(self) -> bool:
+        """Whether the calling thread has interrupted its own load, for example by a signal."""
+        holder = self._holder()
+        return holder is not None and holder.owner == threading.get_ident()
 
 
 class Loads:
@@ -163,7 +168,7 @@ class Loads:
         names = list(names)
         key = refresh, frozenset(names)
         while True:
-            holder = Holder()
+            holder = Holder(threading.get_ident())
             own = _Flight(names, holder)
             try:
                 flight = self._flights.setdefault(key, own)
@@ -185,6 +190,8 @@ class Loads:
                 self._forget(key, flight)
                 continue
             with flight.waited_for():
+                if flight.is_of_this_thread():
+                    raise in_same_thread(flight)
                 while not flight.is_over():
                     flight.ended.wait(GLANCE)
             if isinstance(flight.error, DscacheError):

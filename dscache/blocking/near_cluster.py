@@ -42,6 +42,7 @@ class NearClusterFront(NearFront):
         self._nodes: dict[str, NearNode] = {}
         self._by_address: dict[str, NearLink] = {}
         self._wanted = threading.Event()
+        self._has_links = threading.Event()
         self._keeper: threading.Thread | None = None
 
     # -- whose answers are kept
@@ -100,6 +101,11 @@ class NearClusterFront(NearFront):
         start_thread(self._keeper)
         return []
 
+    def when_ready(self) -> None:
+        self._start()
+        self._has_links.wait(self._options.connect_timeout / 1000)
+        super().when_ready()
+
     def _make_keeper(self, pause: float = 0.0) -> threading.Thread:
         return threading.Thread(
             target=self._keep, args=(pause,), name="dscache keeps the links", daemon=True
@@ -114,8 +120,10 @@ class NearClusterFront(NearFront):
                 self._cluster.refresh_slots()
                 self._follow()
                 self._update()
+                self._has_links.set()
                 self._wanted.wait(_CHECK_EVERY)
         finally:
+            self._has_links.set()  # no caller may wait for a thread that has ended
             if not self._closed:
                 self._keeper = self._make_keeper(_CHECK_EVERY)
                 start_thread(self._keeper)

@@ -575,7 +575,7 @@ class Pool:
                 spare = self._spare()
                 connection = spare if self._reserve(spare) else self._wait(spare, deadline)
                 if connection is not spare:
-                    self._put_aside(spare)
+                    self._put_aside(spare)  # it has counters
             if connection is None:
                 raise ConnectError(
                     f"no connection to {self.address} within {timeout} ms: all {self._limit} "

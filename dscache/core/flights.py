@@ -90,6 +90,15 @@ def _ring(wanted: Flight, caller: Flight) -> UsageError:
     )
 
 
+def in_same_thread(wanted: Flight) -> UsageError:
+    """Return the error of a call that has interrupted the load for which it would wait."""
+    return UsageError(
+        f"record {shorten(wanted.names[0])}: fetched by a signal handler or a finalizer that has "
+        "interrupted a fetch of the same record, for which it would wait; fetch it in another "
+        "thread"
+    )
+
+
 class Rings:
     """The rings that a caller finds among the leases for which it waits."""
 

@@ -70,13 +70,20 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
         pipeline.whole_scripts = True
     else:
         lost_script = lost_script and error.code == "NOSCRIPT"
+    # By script it is served. Such a reply may belong to a command sent before another refusal.
+    lost_msetex = batch.kind == c.SET_TTL and failures.refuses("msetex", error)
+    if lost_msetex:
+        pipeline.has_msetex = False
     across = failures.is_across_slots(error.message) and not pipeline.clustered
-    mixed = count > 1 and not lost_script and (error.code == "NOPERM" or across)
+    is_lost = lost_script or lost_msetex
+    mixed = count > 1 and not is_lost and (error.code == "NOPERM" or across)
     if mixed and across and batch.kind <= c.DELETE_IF:
         pipeline.single_writes = True
         pipeline.single_reads = pipeline.single_reads or batch.kind == c.GET
-    is_overtaken = lost_script or mixed or (put_off and c.SET <= batch.kind <= c.DELETE)
-    later = _written_after(pipeline, batch, mixed or put_off) if is_overtaken else {}
+    is_overtaken = is_lost or mixed or (put_off and c.SET <= batch.kind <= c.DELETE)
+    later = {}
+    if is_overtaken:
+        later = _written_after(pipeline, batch, mixed or put_off or lost_msetex)
     again: dict[str, Any] = {}
     doubts: list[tuple[str, int, str]] = []
     if put_off and batch.kind == c.PUBLISH:
@@ -88,7 +95,7 @@ def refused(pipeline: Pipeline, batch: Batch, count: int, error: ReplyError) -> 
         entry = batch.entries[i]
         if entry is DISCARDED:
             settled -= 1
-        elif (lost_script or mixed or put_off) and name not in later:
+        elif (is_lost or mixed or put_off) and name not in later:
             again[name] = entry
             repeated += i < batch.repeated
         else:

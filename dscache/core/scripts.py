@@ -19,17 +19,22 @@ from typing import Final
 # as by any other write.
 # A server may refuse a command to the script alone, since the user lacks the right to it. If that
 # raised behind a write, the write would be reported as refused. So a refused question is the answer
-# of its record, and a refused MSET is done by SET.
+# of its record, and a refused MSET is done by SET. An unknown command is named in its error, which
+# Redis doesn't do.
 # Lua's numbers are doubles and lose versions beyond 2^53, so versions are compared as text.
 # Lifetimes end at a point in time that is computed once: of two SET ... EX in a script, Redis
 # 7.0 lets every 400th pair expire at different milliseconds.
 SET_SCRIPT: Final = b"""
 local answers = {}
 local now
+local function named(reply, command)
+  if string.find(reply.err, 'nknown') then reply.err = reply.err .. ': ' .. command end
+  return reply
+end
 local function expiry(ttl)
   if not now then
     local time = redis.pcall('TIME')
-    if time.err then return time end
+    if time.err then return named(time, 'TIME') end
     now = time[1] * 1000 + math.floor(time[2] / 1000)
   end
   return string.format('%.0f', now + ttl * 1000)
@@ -37,15 +42,15 @@ end
 local function present(key)
   local length = redis.pcall('STRLEN', key)
   if type(length) == 'table' then
-    return not string.find(length.err, 'WRONGTYPE', 1, true) and length
+    return not string.find(length.err, 'WRONGTYPE', 1, true) and named(length, 'STRLEN')
   end
   if length > 0 then return true end
   local found = redis.pcall('EXISTS', key)
-  return type(found) == 'table' and found or found == 1
+  return type(found) == 'table' and named(found, 'EXISTS') or found == 1
 end
 local function check(k, version, data, guard)
   local stored = redis.pcall('GET', KEYS[k])
-  if type(stored) == 'table' then return stored end
+  if type(stored) == 'table' then return named(stored, 'GET') end
   local mode, expected = string.sub(guard, 1, 1), string.sub(guard, 2)
   local there = stored and present(KEYS[k + 1])
   if type(there) == 'table' then return there end
@@ -114,7 +119,11 @@ for i = 1, records do
     local at
     if ttl == '-1' then
       at = redis.pcall('PEXPIRETIME', keys[k])
-      if type(at) == 'number' then at = at > 0 and string.format('%.0f', at) end
+      if type(at) == 'table' then
+        at = named(at, 'PEXPIRETIME')
+      else
+        at = at > 0 and string.format('%.0f', at)
+      end
     elseif ttl ~= '0' then
       at = expiry(ttl)
     end

@@ -239,6 +239,9 @@ class SharedNearCache(NearStore):
                 previous = found if found.cell else found.previous
                 if previous is not None and self._may_be_stale(previous):
                     entry.previous = previous
+            # Without a call between the last look and the next lines, where a signal handler could
+            # put in or drop another one.
+            while name in self._entries:
                 self.drop(name)
             self._entries[name] = entry
             self._bytes += size
@@ -271,8 +274,9 @@ class SharedNearCache(NearStore):
             if entry.cell.setdefault(None, content) != content:  # another thread was first
                 self._remove(entry)
                 return
-            # Unless that thread had the same answer, or a signal handler has dropped it.
-            if entry.is_pending and self._entries.get(name) is entry:
+            # Unless that thread had the same answer, or a signal handler has dropped it; without a
+            # call from here on, where one could.
+            if entry.is_pending and name in self._entries and self._entries[name] is entry:
                 entry.previous = None
                 entry.size += size
                 self._bytes += size

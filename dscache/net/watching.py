@@ -20,8 +20,13 @@ from .watch import LONGEST_PAUSE, PAUSE, Change, Changes, primaries_only
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
 
-# Codes of errors of a server that refuses a command, or a key, to this user or to everybody.
-_FORBIDDEN: Final = ("NOPERM", "ERR")
+# How errors name the commands that a watch reads with.
+_READS: Final = ("mget", "type", "'get'", "`get`")
+
+
+def _is_forbidden(error: ReplyError) -> bool:
+    """Return whether a server refuses a command or a key to this user, or to everybody."""
+    return error.code == "NOPERM" or any(failures.refuses(one, error) for one in _READS)
 
 
 class WatchBase:
@@ -150,7 +155,7 @@ class Watching(Generic[DataT]):
             changes = self.changes.changes_of(names, found)
         elif isinstance(error, BulkError):
             changes = self.changes.changes_of(names, error.result, error)
-        elif isinstance(error, ReplyError) and error.code in _FORBIDDEN:
+        elif isinstance(error, ReplyError) and _is_forbidden(error):
             # All of them are refused, and will be: the caller must hear of that.
             all_refused = BulkError(self.changes.operation, dict.fromkeys(names, error), {})
             changes = self.changes.changes_of(names, {}, all_refused)

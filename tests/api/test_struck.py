@@ -21,6 +21,7 @@ import pytest
 import dscache
 from dscache.aio import loading as aio_loading
 from dscache.blocking import loading as blocking_loading
+from dscache.blocking.memory import MemoryPool
 from dscache.blocking.sentinel_pool import SentinelPool
 from dscache.config import Options, load
 from dscache.core import notes
@@ -117,6 +118,39 @@ def test_of_two_threads_that_come_at_once_one_gets_the_place() -> None:
     other.join()
     assert holder is not None
     assert holders == [None]
+
+
+# -- fetch
+
+
+def test_a_fetch_that_interrupts_one_of_the_same_record_is_refused(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler that waited for the call that it has interrupted would wait for ever."""
+    cache = dscache.Cache({"name": "memory"})
+    run = MemoryPool.run
+    said: list[str] = []
+    found: list[Any] = []
+
+    def interrupted(pool: MemoryPool, operation: str, *arguments: Any) -> Any:
+        if operation == "set_bulk" and not said:
+            said.append("")
+            with pytest.raises(dscache.UsageError) as caught:
+                cache.fetch("a", str.upper, ttl=None)
+            said.append(str(caught.value))
+            cache.fetch("b", str.upper, ttl=None)
+        return run(pool, operation, *arguments)
+
+    def fetch() -> None:
+        found.append(cache.fetch("a", str.upper, ttl=None))
+
+    monkeypatch.setattr(MemoryPool, "run", interrupted)
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert [record.data for record in found] == ["A"]
+    assert "record 'a': fetched by a signal handler or a finalizer" in said[1]
+    assert cache.get("b").data == "B"  # type: ignore[union-attr]
 
 
 # -- the question to the Sentinels

@@ -280,6 +280,25 @@ def test_scaling_reads_to_replicas_alone_excludes_it(group: ClusterGroup, backen
         )
 
 
+def test_a_user_who_may_not_track(group: ClusterGroup, backend: str) -> None:
+    """Known once the cache is ready, and not after some reads."""
+    for node in group.nodes:
+        node.ask("ACL", "SETUSER", "near", "on", ">secret", "~*", "+@all", "-client")
+    login = {"username": "near", "password": "secret"}
+    try:
+        options = {**group.options, "redisOptions": login, "nearCache": True, **PATIENT}
+        cache = dscache.Cache.from_config({"name": "redis", "options": options})
+        with pytest.raises(dscache.ConnectError, match=r"NOPERM.*CLIENT TRACKING ON"):
+            cache.when_ready()
+        cache.close()
+        with on_cluster(group, redisOptions=login, nearCache={"required": False}) as without:
+            assert without.set("a", 1, 1) is True
+            assert version_of(without) == 1
+    finally:
+        for node in group.nodes:
+            node.ask("ACL", "DELUSER", "near")
+
+
 def reads_from(cache: dscache.Cache, count: int) -> bool:
     """Whether that many nodes have been read from by now."""
     cache.get_bulk([f"unknown/{random.randrange(10**6)}" for _ in range(50)])

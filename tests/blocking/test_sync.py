@@ -288,6 +288,23 @@ def test_a_waiting_call_gets_the_place_of_a_lost_connection(open_cache: OpenCach
 
 
 @on_one_server
+def test_waiting_until_it_is_ready_loses_no_counters(open_cache: OpenCache) -> None:
+    cache = open_cache(maxConnections=1, **PATIENT)
+    cache.set("a", 1, [1])
+    pool: Any = cache._topology
+    pool._new_pipeline.keywords.update(timeout=0.2)
+    connection = pool._idle.pop()
+    with pytest.raises(dscache.DeadlineExceeded, match="none of the 1"):
+        cache.get("a")
+    with ThreadPoolExecutor(1) as threads:
+        ready = threads.submit(cache.when_ready)
+        until(lambda: pool._waiters)
+        pool._put_back(connection)
+        ready.result(PATIENCE)
+    assert cache.stats()["operations"] == 2
+
+
+@on_one_server
 def test_no_counter_falls(open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_no_counter_falls(open_cache(maxConnections=1, **PATIENT), monkeypatch)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -272,6 +273,49 @@ def test_two_reads_of_one_name_make_one_record(core: Any, version: int | None) -
     near.begin_write(["a"]).end()
     near.settle(near.begin_read("a"), version and core.Record("a", version, b"1"), True)
     assert near.stats()["bytes"] == once["bytes"]
+
+
+@pytest.mark.parametrize("count", range(3))
+def test_a_signal_handler_leaves_the_bytes_of_a_near_cache_right(count: int) -> None:
+    """It strikes behind a call, such as that of the dict."""
+    near = pure.SharedNearCache(lambda _n, _t: None, lambda _n: None)
+    node = near.only_node()
+    node.connected("one", time.monotonic())
+
+    def read() -> None:
+        entry = near.begin_read("a")
+        if entry is not None:
+            near.settle(entry, pure.Record("a", 1, b"1"), True)
+
+    calls = 0
+
+    class Entries(OrderedDict[str, Any]):
+        def get(self, *arguments: Any) -> Any:
+            return struck(super().get, *arguments)
+
+        def pop(self, *arguments: Any) -> Any:
+            return struck(super().pop, *arguments)
+
+    def struck(call: Callable[..., Any], *arguments: Any) -> Any:
+        nonlocal calls
+        found = call(*arguments)
+        calls += 1
+        if calls == count + 1:
+            near.begin_write(["a"]).end()
+            read()
+            near.begin_write(["a"]).end()
+            if count % 2:
+                read()
+        return found
+
+    read()
+    near._entries = Entries(near._entries)
+    node.disconnected("connection")
+    node.connected("one", time.monotonic())
+    read()  # in place of the entry of the former connection
+    assert calls > count
+    near.begin_write(["a"]).end()
+    assert (near.stats()["records"], near._bytes) == (0, 0)
 
 
 @pytest.mark.parametrize("what", ["write", "read", "close"])

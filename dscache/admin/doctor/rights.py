@@ -34,8 +34,13 @@ FOR_SCANS: Final = (
 _DISPENSABLE: Final = frozenset(
     {"hello", "command|info", "evalsha", "script|load", "msetex", "ping", "asking", "readonly"}
 )
-# Without these, only some features fail.
-_OF_SOME: Final = frozenset({*FOR_SCRIPTS, *FOR_SCANS, "select"})
+# Without these, only some features fail or are slower.
+_OF_SOME: Final = {
+    **dict.fromkeys(FOR_SCRIPTS, "ttl and guarded writes may fail"),
+    **dict.fromkeys(FOR_SCANS, "scan may fail"),
+    **dict.fromkeys(("role", "cluster|info", "cluster|myid"), "a failover may be noticed late"),
+    "select": "the database can't be chosen",
+}
 _NO_KEY: Final = "the names of records"
 _NO_WRITE: Final = "writes to the names of records"
 _OTHERS: Final = "names such as "
@@ -153,6 +158,7 @@ def check_rights(missing: Sequence[str], username: str | None) -> Finding:
             )
     if _DISPENSABLE.issuperset(missing):
         return check.ok(f"{found}, without which a cache works too")
-    if _OF_SOME.union(_DISPENSABLE).issuperset(missing):
-        return check.warning(found, f"ttl, guarded writes or scan fail: {advice}")
+    effects = dict.fromkeys(_OF_SOME[name] for name in missing if name in _OF_SOME)
+    if all(name in _OF_SOME or name in _DISPENSABLE for name in missing):
+        return check.warning(found, f"{', and '.join(effects)}: {advice}")
     return check.bad(found, f"records can't be read or written: {advice}")
