@@ -216,7 +216,10 @@ class Endpoint:
         raise failure
 
     async def _greet(self, ask: Ask, login: Login) -> ServerInfo:
-        attempt = None if self._closed is None else self._closed.attempt()
+        attempt = None
+        # A server that has announced another address of its own knows all commands.
+        if self._closed is not None and not self.is_at_new_address:
+            attempt = self._closed.attempt()
         steps = handshake(
             self._options,
             login,

@@ -374,7 +374,8 @@ class Connection:
         With an ``address`` the server is there. Raises OSError, DscacheError or UnicodeError.
         """
         host, port = address or connector.locate(deadline)
-        steps = self._connect(host, port, connector.logins, attempt=connector.attempt())
+        attempt = connector.attempt((host, port))
+        steps = self._connect(host, port, connector.logins, attempt=attempt)
         try:
             while True:
                 self._wait(next(steps), deadline)

@@ -57,9 +57,14 @@ class Connector:
             return self.new_address.get() or (self._options.host, self._options.port)
         return self._sentinels.locate(deadline)
 
-    def attempt(self) -> Attempt | None:
-        """Return the next handshake with a server that may be a proxy; None behind Sentinels."""
-        return None if self._closed is None else self._closed.attempt()
+    def attempt(self, address: tuple[str, int]) -> Attempt | None:
+        """Return the next handshake with a server that may be a proxy.
+
+        None behind Sentinels, or at a new address: a server that has announced one knows all
+        commands.
+        """
+        is_usual = address == (self._options.host, self._options.port)
+        return self._closed.attempt() if self._closed is not None and is_usual else None
 
 
 def on_renewal(

@@ -31,6 +31,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakMethod, ref
 
+from .._locks import ReentrantEvent, make_lock
 from ..config.address import join_address
 from ..core.recovery import change_timeout
 from ..errors import ConfigError, ProtocolError, ReplyError
@@ -56,6 +57,8 @@ _logger = logging.getLogger("dscache")
 
 # Seconds that ``stop`` waits for a thread that may be looking up a host.
 _GRACE: Final = 1.0
+# More attempts to connect to new addresses at the same time end when another one is announced.
+_MOST_ATTEMPTS: Final = 3
 # In what ways an attempt to connect fails; a host name may be none.
 _FAILURES: Final = (OSError, ConfigError, ReplyError, ProtocolError, UnicodeError)
 
@@ -173,8 +176,10 @@ class Mover:
         self._begin()
 
     def _begin(self) -> None:
+        self._lock = make_lock()
         self._stopping = threading.Event()
-        self._notice: Notice | None = None
+        # Set when the latest move is to end: another one begins, or the pool is closed.
+        self._over: threading.Event = ReentrantEvent()
         self._thread: threading.Thread | None = None
         # A later announcement may begin another move while the first still tries to connect.
         self.opening: set[Connection] = set()
@@ -185,12 +190,19 @@ class Mover:
         pool = self._pool()
         if notice.kind != MOVING or pool is None or self._stopping.is_set():
             return
-        self._notice = notice
+        with self._lock:
+            self._over.set()
+            if self._stopping.is_set():  # by another thread, just now
+                return
+            over = self._over = ReentrantEvent()
+        if len(self.opening) >= _MOST_ATTEMPTS:
+            # A faulty server announces without end.
+            self._end_attempts("the server has announced another address")
         if notice.endpoint is not None and notice.endpoint == self._new_address.get():
             self._new_address.set(notice.endpoint, time.monotonic() + notice.patience)
             return
         thread = threading.Thread(
-            target=self._move, args=(pool, notice), name=f"dscache moves from {pool.address}"
+            target=self._move, args=(pool, notice, over), name=f"dscache moves from {pool.address}"
         )
         thread.daemon = True
         self._thread = thread
@@ -205,12 +217,17 @@ class Mover:
     def stop(self) -> None:
         """End the move under way."""
         self._stopping.set()
+        with self._lock:
+            self._over.set()
         thread = self._thread
-        for connection in tuple(self.opening):
-            connection.interrupt(ConnectionAbortedError("the cache was closed"))
+        self._end_attempts("the cache was closed")
         # A cache may be dropped in any thread.
         if thread is not None and thread.ident and thread is not threading.current_thread():
             thread.join(_GRACE)
+
+    def _end_attempts(self, reason: str) -> None:
+        for connection in tuple(self.opening):
+            connection.interrupt(ConnectionAbortedError(reason))
 
     def reset_after_fork(self) -> None:
         """Begin again in a forked child, which has no such thread."""
@@ -221,34 +238,31 @@ class Mover:
 
     # -- the thread
 
-    def _move(self, pool: Pool, notice: Notice) -> None:
+    def _move(self, pool: Pool, notice: Notice, over: threading.Event) -> None:
         """Connect to the new address in time, and have all others do so."""
         until = time.monotonic() + notice.patience
         if notice.endpoint is None:
             # The name leads to the new server only after a while.
-            self._stopping.wait(notice.seconds / 2)
+            over.wait(notice.seconds / 2)
         shown = "its usual address" if notice.endpoint is None else join_address(*notice.endpoint)
         failures = 0
-        while self._is_current(notice) and time.monotonic() < until:
+        while not over.is_set() and time.monotonic() < until:
             try:
-                if self._try_to_move(pool, notice, until):
+                if self._try_to_move(pool, notice, until, over):
                     _logger.info("%s has moved to %s", pool.address, shown)
                     return
             except _FAILURES as error:
                 _logger.info("can't move to %s yet: %s", shown, error)
             failures += 1
-            self._stopping.wait(full_jitter(MOVE_PAUSE, MOVE_PAUSE_CAP, failures))
+            over.wait(full_jitter(MOVE_PAUSE, MOVE_PAUSE_CAP, failures))
 
-    def _is_current(self, notice: Notice) -> bool:
-        return not self._stopping.is_set() and self._notice is notice
-
-    def _try_to_move(self, pool: Pool, notice: Notice, until: float) -> bool:
+    def _try_to_move(self, pool: Pool, notice: Notice, until: float, over: threading.Event) -> bool:
         connection = pool.new_connection()
         self.opening.add(connection)
         is_moved = False
         try:
             server = pool.open(connection, until, notice.endpoint)
-            if self._is_current(notice):
+            if not over.is_set():
                 self._new_address.set(notice.endpoint, until)
                 is_moved = True
                 pool.move_to(connection, server)

@@ -168,7 +168,7 @@ def handshake(
         )
         if announcements is not None:
             if request is not None:
-                announcements.note(info.refused_announcements)
+                announcements.note(info.refused_announcements, peer)
             if announcements.are_required and not info.announces:
                 raise UnsuitableServer(
                     f"{address} doesn't announce its maintenance: it refuses CLIENT "

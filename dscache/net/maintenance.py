@@ -57,6 +57,8 @@ _PORT_DIGITS: Final = 5
 _REFUSED_FOR: Final = 3600.0
 # An announcement that arrives again within this time, in seconds, is the same one.
 _KNOWN_FOR: Final = 120.0
+# The most announcements that are remembered.
+_MOST_KNOWN: Final = 1000
 # Refusals that say nothing about the command.
 _UNTOLD: Final = (*PASSING, "NOAUTH")
 # A slot, or a range of slots.
@@ -112,7 +114,8 @@ class Announcements:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._refused_until = -math.inf
+        # Until when each IP address isn't asked again.
+        self._refused_until: dict[str, float] = {}
         self._complained = False
         self._lock = make_lock()
         self._known: dict[tuple[Notice, str], float] = {}
@@ -136,7 +139,7 @@ class Announcements:
         mode = self._options.maint_notifications
         if mode == "off":
             return None
-        if mode == "auto" and (self._is_plain(peer) or time.monotonic() < self._refused_until):
+        if mode == "auto" and (self._is_plain(peer) or self._has_refused(peer)):
             return None
         kind = _endpoint_type(host, peer)
         return ["CLIENT", "MAINT_NOTIFICATIONS", "ON", "moving-endpoint-type", kind]
@@ -148,10 +151,15 @@ class Announcements:
         found = _ip(peer)
         return found is None or found.is_loopback
 
-    def note(self, code: str | None) -> None:
-        """Note the reply: None for consent, or the code of an error."""
+    def _has_refused(self, peer: str) -> bool:
+        return time.monotonic() < self._refused_until.get(peer, -math.inf)
+
+    def note(self, code: str | None, peer: str) -> None:
+        """Note the reply from an IP address: None for consent, or the code of an error."""
         if code is not None and code not in _UNTOLD:
-            self._refused_until = time.monotonic() + _REFUSED_FOR
+            now = time.monotonic()
+            still = {one: until for one, until in self._refused_until.items() if until > now}
+            self._refused_until = {**still, peer: now + _REFUSED_FOR}
 
     def read(self, push: list[Any], address: str) -> Notice | None:
         """Return the announcement in a push; None for any other, or one that is malformed.
@@ -191,9 +199,12 @@ class Announcements:
         # A move that hasn't succeeded within its time may be announced again.
         seconds = notice.patience if notice.kind == MOVING else _KNOWN_FOR
         with self._lock:
-            self._known = {one: until for one, until in self._known.items() if until > now}
-            if key in self._known:
+            if self._known.get(key, now) > now:
                 return False
+            self._known.pop(key, None)
+            if len(self._known) >= _MOST_KNOWN:
+                # A faulty server announces without end: the older half is forgotten.
+                self._known = dict(list(self._known.items())[_MOST_KNOWN // 2 :])
             self._known[key] = now + seconds
             self._counts[notice.kind.decode()] += 1
             return True

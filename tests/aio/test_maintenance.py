@@ -176,6 +176,19 @@ async def test_a_new_address_that_refuses(before: Announcer, behind: Announcer) 
         assert before.accepted == 2
 
 
+async def test_a_new_address_that_ends_logins(before: Announcer, behind: Announcer) -> None:
+    """It says nothing about the usual address, as the end of a login by a proxy would."""
+    behind.ends_at = b"HELLO"
+    async with open_cache(before, maintNotifications="on") as cache:
+        await cache.when_ready()
+        before.push(b"MOVING", 1, 60, behind.address)
+        await until(lambda: behind.accepted >= 3)
+        await before.cut()
+        assert await cache.set("moving", 1, None)
+        assert before.accepted == 2
+        assert len(before.requests) == 2
+
+
 async def test_a_watch_follows_a_move(before: Announcer, behind: Announcer) -> None:
     """It connects to the new address too, while the usual one leads to no server."""
     async with (
@@ -317,10 +330,12 @@ def test_request(options: dict[str, Any], peer: str, kind: str | None) -> None:
 
 def test_refusal_is_remembered() -> None:
     announcements = Announcements(Options(host="records.test"))
-    announcements.note("LOADING")
+    announcements.note("LOADING", "8.8.8.8")
     assert announcements.request("records.test", "8.8.8.8")
-    announcements.note("ERR")
+    announcements.note("ERR", "8.8.8.8")
     assert announcements.request("records.test", "8.8.8.8") is None
+    # Another server, or another node of a cluster, may announce.
+    assert announcements.request("records.test", "8.8.4.4")
 
 
 async def test_refusal_of_what_is_required(server: Any) -> None:
@@ -368,6 +383,15 @@ def test_announcements_count_once() -> None:
         "MIGRATING": 2,
         "SMIGRATED": 1,
     }
+
+
+def test_announcements_without_end() -> None:
+    """Of a server that announces all the time, few announcements are remembered."""
+    announcements = Announcements(Options())
+    for serial in range(2500):
+        assert announcements.is_new(Notice(b"MIGRATING", serial), "a:1")
+    assert not announcements.is_new(Notice(b"MIGRATING", 2499), "a:1")
+    assert announcements.is_new(Notice(b"MIGRATING", 0), "a:1")
 
 
 def test_leeway() -> None:

@@ -342,6 +342,41 @@ def test_a_new_address_that_refuses(stage: Stage) -> None:
         assert before.connections == 1
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_moves_that_are_announced_without_end(stage: Stage, named: bool) -> None:
+    """Each announcement ends the move before, so that threads don't pile up."""
+    before, behind = stage.server(), stage.server()
+    stage.do(behind.answers.clear)
+    with open_cache(before, connectTimeout=600_000) as cache:
+        cache.when_ready()
+        for serial in range(40):
+            address = behind.address if named else None
+            stage.push(b"MOVING", serial, 600, address, by=before)
+            assert cache.set("moving", serial, None)
+        until(lambda: maintenance(cache)["notifications"]["MOVING"] == 40)
+        until(lambda: len(movers()) < 10)
+    until(lambda: not movers())
+    stage.do(behind.answers.set)
+
+
+def movers() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name.startswith("dscache moves")]
+
+
+def test_a_new_address_that_ends_logins(stage: Stage) -> None:
+    """It says nothing about the usual address, as the end of a login by a proxy would."""
+    before, behind = stage.server(), stage.server()
+    behind.ends_at = b"HELLO"
+    with open_cache(before) as cache:
+        cache.when_ready()
+        stage.push(b"MOVING", 1, 60, behind.address, by=before)
+        until(lambda: cache.set("moving", 1, None) and behind.accepted >= 3)
+        stage.cut(before)
+        assert cache.set("moving", 2, None)
+        assert before.accepted == 2
+        assert len(before.requests) == 2
+
+
 def test_a_scan_and_a_watch_follow_a_move(stage: Stage) -> None:
     """They connect to the new address too, while the usual one leads to no server."""
     before, behind = stage.server(), stage.server()

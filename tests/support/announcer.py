@@ -92,6 +92,8 @@ class Announcer:
         """The pause before each command of records, in seconds."""
         self.greets = True
         """Whether it answers on new connections; it ends them otherwise."""
+        self.ends_at = b""
+        """The command at which it ends a connection."""
         self.answers = asyncio.Event()
         """Set while it answers; otherwise it is silent."""
         self.answers.set()
@@ -141,7 +143,12 @@ class Announcer:
         assert task is not None
         self._tasks[writer] = task
         self.accepted += 1
-        server, out = await asyncio.open_connection(*self._target)
+        try:
+            server, out = await asyncio.open_connection(*self._target)
+        except BaseException:
+            del self._tasks[writer]  # cut before it has served
+            writer.transport.abort()
+            raise
         commands, replies = hiredis.Reader(), _Replies()
         try:
             while (data := await client.read(65536)) and self.greets:
@@ -170,6 +177,8 @@ class Announcer:
                 del self._tasks[writer]
 
     def _reply(self, command: list[bytes]) -> bytes | None:
+        if command[0] == self.ends_at:
+            raise ConnectionError
         if command[:2] == [b"CLIENT", b"MAINT_NOTIFICATIONS"]:
             self.requests.append(command)
             return self.answer
