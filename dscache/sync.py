@@ -814,9 +814,13 @@ class Cache(CacheBase[Pool | MemoryPool]):
             if self._topology is None:
                 self._pid = os.getpid()
                 topology = self._make_topology()
-                # In this order: no exception or fork in between leaves the pool alone.
-                self._near = self._make_near(topology)
-                self._topology = topology
+                near = self._make_near(topology)
+                if self._closed:
+                    raise failures.closed("cache")
+                if self._topology is None:  # no signal handler has opened it meanwhile
+                    # In this order: no exception or fork in between leaves the pool alone.
+                    self._near = near
+                    self._topology = topology
             run: _Run = self._topology.run
             if self._near is not None:
                 run = self._near.run

@@ -98,6 +98,9 @@ def decode(text: bytes) -> Line | None:
         line = _read(text)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         line = _decode_tolerantly(text, error)
+    else:
+        if json_text.is_too_deep(text):  # which msgspec refuses on some Pythons alone
+            line = _decode_tolerantly(text, None)
     core = _backend.core
     core.check_name(line.name)
     core.check_version(line.name, line.version)
@@ -106,7 +109,7 @@ def decode(text: bytes) -> Line | None:
     return line
 
 
-def _decode_tolerantly(text: bytes, refusal: Exception) -> Line:
+def _decode_tolerantly(text: bytes, refusal: Exception | None) -> Line:
     try:
         value = tolerant_json.decode(text)
     except ValueError as error:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from ..aio.control import Reply
-from ..core import tolerant_json
+from ..core import json_text, tolerant_json
 from ..core.failures import refuses
 from ..core.keys import is_version_key, partner
 from ..errors import ReplyError, shorten
@@ -57,6 +57,8 @@ def parse(value: bytes) -> tuple[int, bytes] | None:
     """Return version and JSON text of a key's value, or None if it isn't a record."""
     version: Any
     try:
+        if json_text.is_too_deep(value):
+            raise RecursionError  # as msgspec does on some Pythons alone
         found = _decode(value)
         version, raw = found.version, bytes(found.data)
     except (msgspec.DecodeError, ValueError, RecursionError):

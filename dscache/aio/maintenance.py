@@ -29,6 +29,7 @@ from ..net.maintenance import (
     SLOTS_MOVED,
     Announcements,
     Leeway,
+    NewAddress,
     Notice,
 )
 from .deadlines import SureTimer
@@ -186,14 +187,17 @@ class Maintenance:
         self._endpoint.move(notice.endpoint, until - self._loop.time())
         failures = 0
         while self._node.link is old and self._loop.time() < until:
-            if await self._try_to_move(old, until):
+            if await self._try_to_move(notice, old, until):
                 return
             failures += 1
             await asyncio.sleep(full_jitter(MOVE_PAUSE, MOVE_PAUSE_CAP, failures))
 
-    async def _try_to_move(self, old: SocketProtocol, until: float) -> bool:
+    async def _try_to_move(self, notice: Notice, old: SocketProtocol, until: float) -> bool:
         # The address of the node stays that of the present socket until the other one is in use.
         node, endpoint = self._node, copy(self._endpoint)
+        # A watch may have failed at the new address, so that the usual one is next for the others.
+        endpoint.new_address = NewAddress()
+        endpoint.move(notice.endpoint, until - self._loop.time())
         options = endpoint.options
         pipeline = _backend.core.Pipeline(
             self._loop.create_future,

@@ -313,6 +313,8 @@ class ClusterConnection:
             pipeline = node.pipeline
             if node.opening is not None or pipeline.in_flight or node.unsent:
                 node.give_up()
+            elif pipeline.away:
+                node.check()
             if pipeline.queued:
                 pipeline.fail_all(over)
             pipeline.redirected = []

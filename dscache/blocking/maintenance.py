@@ -227,7 +227,8 @@ class Mover:
 
     def _end_attempts(self, reason: str) -> None:
         for connection in tuple(self.opening):
-            connection.interrupt(ConnectionAbortedError(reason))
+            if not connection.admitted:  # otherwise it has moved, and may have an operation
+                connection.interrupt(ConnectionAbortedError(reason))
 
     def reset_after_fork(self) -> None:
         """Begin again in a forked child, which has no such thread."""

@@ -67,7 +67,9 @@ def _errors_quotable() -> Iterator[None]:
     except Exception as error:
         # typer exports no base class of them.
         if hasattr(error, "format_message"):
-            error.message = quotable(error.message)  # type: ignore[attr-defined]
+            # Line by line: without a command, the error is the help.
+            lines = error.message.split("\n")  # type: ignore[attr-defined]
+            error.message = "\n".join(map(quotable, lines))  # type: ignore[attr-defined]
         raise
 
 

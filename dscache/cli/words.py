@@ -7,7 +7,7 @@ import re
 from typing import Final
 
 # A path has lost one slash of such a URL.
-_LOGIN: Final = re.compile(r"\b((?:redis|valkey|unix)s?:?//?)\S*@", re.IGNORECASE)
+_LOGIN: Final = re.compile(r"\b((?:redis|valkey|unix)s?://?)\S*@", re.IGNORECASE)
 
 
 def printable(words: str) -> str:

@@ -142,7 +142,7 @@ def change_steps(
         elif default is OMITTED:
             raise missing(operation, name)
         else:
-            data = _data_of_default(core.Record(name, 0, default, False, type))
+            data = _data_of_default(core.Record(name, 0, default, False, type), type)
         data = yield CHANGE, (data,)
         if data is KEEP or (data is DELETE and record is None):
             return record  # type: ignore[no-any-return] # of the driver
@@ -199,12 +199,14 @@ def _check_null(name: str, before: bytes | Omitted, type: Any) -> None:
         )
 
 
-def _data_of_default(default: Record) -> Any:
-    """Return the data of a default; raises RecordError if it doesn't fit the type."""
+def _data_of_default(default: Record, type: Any) -> Any:
+    """Return the data of a default; raises RecordError if it isn't JSON or doesn't fit the type."""
     try:
         return default.data
     except RecordDamaged as error:
         said = f"the default doesn't fit the type: {_misfit(error, default)}; give a default of it"
+        if type is None:
+            said = "the default is a msgspec.Raw whose text isn't JSON"
         raise RecordError(f"update {shorten(default.name)}: {said}", name=default.name) from error
 
 

@@ -59,7 +59,7 @@ def is_overflow(error: BufferError) -> bool:
     return str(error).startswith("Existing exports of data")
 
 
-def is_too_deep(text: bytearray) -> bool:
+def is_too_deep(text: bytes | bytearray) -> bool:
     """Return whether a text is nested beyond the bound."""
     return (
         len(text) > c.MAX_DATA_DEPTH

@@ -206,6 +206,26 @@ async def test_a_watch_follows_a_move(before: Announcer, behind: Announcer) -> N
             assert (await anext(watch)).kind == "changed"
 
 
+async def test_a_move_goes_on_after_its_watch_has_failed(
+    before: Announcer, behind: Announcer
+) -> None:
+    """The watch tries the new address, and then the usual one, where the cache still is."""
+    behind.greets = False
+    async with (
+        open_cache(before, maintNotifications="on") as cache,
+        cache.watch("moving/"),
+    ):
+        before.push(b"MOVING", 1, 60, behind.address)
+        await until(lambda: behind.accepted)
+        accepted = before.accepted
+        before.cut_latest()
+        await until(lambda: before.accepted > accepted)
+        behind.greets = True
+        await until(lambda: cache.stats()["maintenance"]["moves"])
+        topology: Any = cache._topology
+        assert topology.address == f"127.0.0.1:{behind.port}"
+
+
 async def test_a_repeated_announcement_begins_no_other_move(before: Announcer) -> None:
     """A server that repeats it over the next connection states the time that is left."""
     async with open_cache(before, maintNotifications="on") as cache:

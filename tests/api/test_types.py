@@ -204,6 +204,12 @@ async def test_update_refuses_data_that_does_not_fit(
     assert (record.version, record.raw) == (3, b"5")
 
 
+async def test_update_refuses_a_default_that_is_not_json(cache: Either) -> None:
+    said = "^update 'n': the default is a msgspec.Raw whose text isn't JSON$"
+    with pytest.raises(RecordError, match=said):
+        await cache.do("update", "n", lambda data: data, default=msgspec.Raw(b"{bad"))
+
+
 async def test_update_refuses_an_object_of_the_type_with_a_wrong_attribute(cache: Either) -> None:
     def spoil(user: Any) -> User:
         user.name = 5

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from redis.crc import key_slot
 from redis.maint_notifications import MaintNotificationsConfig
 
 import dscache
+from dscache.blocking.pool import Pool
+from dscache.net.maintenance import Notice
 from tests.conftest import SERVERS, _server_id
-from tests.support.announcer import REFUSAL, Announcer, Stage, staged
+from tests.support.announcer import REFUSAL, Announcer, FakeSlots, Stage, staged
 from tests.support.blocking import PATIENCE, in_threads, run_child, until
 
 # The proxies, and not the server, are what is tried: one kind of server is enough.
@@ -359,6 +362,39 @@ def test_moves_that_are_announced_without_end(stage: Stage, named: bool) -> None
     stage.do(behind.answers.set)
 
 
+def test_an_announcement_ends_no_connection_that_has_moved(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the attempts to connect, if there are several."""
+    before, behind = stage.server(), stage.server()
+    silent = [stage.server() for _ in range(2)]
+    for one in silent:
+        stage.do(one.answers.clear)
+    retire = Pool._retire
+    has_moved, may_end = threading.Event(), threading.Event()
+
+    def retire_slowly(pool: Pool, concerns: Any) -> None:
+        retire(pool, concerns)
+        has_moved.set()
+        may_end.wait(PATIENCE)
+
+    with open_cache(before) as cache:
+        cache.when_ready()
+        monkeypatch.setattr(Pool, "_retire", retire_slowly)
+        for serial, one in enumerate([*silent, behind]):
+            stage.push(b"MOVING", serial, 60, one.address, by=before)
+            until(lambda one=one: cache.head("moving") != 0 and one.accepted)
+        assert has_moved.wait(PATIENCE)
+        behind.slow = 0.5
+        with ThreadPoolExecutor(1) as threads:
+            writing = threads.submit(cache.set, "moving", 1, None)
+            until(lambda: behind.served)
+            pool: Any = cache._topology
+            pool._mover.follow(Notice(b"MOVING", 60, 60, ("127.0.0.1", before.port)))
+            assert writing.result(PATIENCE)
+        may_end.set()
+
+
 def movers() -> list[threading.Thread]:
     return [one for one in threading.enumerate() if one.name.startswith("dscache moves")]
 
@@ -652,6 +688,29 @@ def test_a_near_cache_drops_slots_that_have_moved(cluster: Stage) -> None:
         until(lambda: cache.get(name) and third.served)
         assert cached(cache, name) == "old"
         until(lambda: not first.connections)
+
+
+def test_nodes_that_have_ended_the_login_are_connected_to_again(
+    cluster: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a refused bulk, whose parts go to several nodes."""
+    reply = FakeSlots.reply
+    ended: dict[Announcer, int] = {}
+
+    def reply_or_refuse(slots: FakeSlots, node: Announcer, command: list[bytes]) -> bytes | None:
+        if command[0] in (b"MGET", b"MSET") and node.accepted <= ended.get(node, 0):
+            return b"-NOAUTH Authentication required.\r\n"
+        return reply(slots, node, command)
+
+    monkeypatch.setattr(FakeSlots, "reply", reply_or_refuse)
+    names = [f"moving/{number}" for number in range(20)]
+    with open_cluster(cluster, maxConnections=1) as cache:
+        assert cache.set_bulk(dict.fromkeys(names, (1, [1]))) == set()
+        ended.update({node: node.accepted for node in cluster.slots.nodes})
+        with pytest.raises(dscache.ReplyError, match="NOAUTH"):
+            cache.get_bulk(names)
+        for name in names:
+            assert cache.get(name) is not None
 
 
 def test_more_time_on_a_cluster(cluster: Stage) -> None:

@@ -812,6 +812,38 @@ def test_a_first_call_that_is_struck_leaves_no_cache_without_it(
 
 
 @on_one_server
+@pytest.mark.parametrize("use", ["get", "close"])
+def test_a_signal_handler_in_the_first_call_leaves_one_near_cache(
+    server: EmbeddedServer, backend: str, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    """It uses the cache, or closes it, while the near cache is made."""
+    config = {"name": "redis", "options": {"url": server.url, "nearCache": NEAR, **PATIENT}}
+    cache = dscache.Cache.from_config(config)
+    uses = {"get": lambda: cache.get("a"), "close": cache.close}
+
+    class Struck(near_cache.NearFront):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            monkeypatch.undo()
+            uses[use]()
+
+    monkeypatch.setattr(near_cache, "NearFront", Struck)
+    if use == "close":
+        for _ in range(2):
+            with pytest.raises(dscache.UsageError, match="closed"):
+                cache.set("a", 1, [1])
+    else:
+        cache.set("a", 1, [1])
+        for _ in range(3):
+            assert tuple(cache.get("a")) == (1, [1])
+        assert len(links()) == 1
+        cache.close()
+        with pytest.raises(dscache.UsageError, match="closed"):
+            cache.get("a")
+    assert not links()
+
+
+@on_one_server
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_another_thread_follows_one_that_is_struck(
     open_cache: OpenCache, redis: redis_py.Redis

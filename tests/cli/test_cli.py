@@ -475,6 +475,19 @@ def test_a_wrong_command_line(words: Sequence[str], error: str, folder: Path) ->
     assert "secret" not in done.stderr
 
 
+def test_without_a_command_there_is_help(folder: Path) -> None:
+    done = run()
+    assert (done.returncode, done.stdout) == (2, "")
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("Usage: ")
+    assert "Commands:" in lines
+
+
+def test_a_name_with_an_at_sign_is_no_login(folder: Path) -> None:
+    done = run("get", "--config", "redis/cache@prod.yml", "a")
+    assert "redis/cache@prod.yml" in done.stderr
+
+
 def test_a_wrong_command_line_on_a_terminal() -> None:
     status, written = run_on_terminal("cluster", "--url", NOBODY, "--config", "c.yml")
     assert status == 2

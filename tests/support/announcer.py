@@ -134,6 +134,11 @@ class Announcer:
     def connections(self) -> int:
         return len(self._tasks)
 
+    def cut_latest(self) -> None:
+        """End the connection that was made last."""
+        latest = list(self._tasks)[-1]
+        latest.transport.abort()
+
     def push(self, *words: Any) -> None:
         for writer in list(self._tasks):
             writer.write(resp(Push(words)))
