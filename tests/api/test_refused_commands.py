@@ -318,7 +318,7 @@ def test_an_unknown_command_of_a_script_is_named(
 async def test_a_refusal_within_a_script_is_of_its_record_alone(
     refusing: Refuse, way: str, missing: str, backend: str
 ) -> None:
-    """What was done isn't reported as refused."""
+    """A write that was done isn't reported as refused."""
     url = refusing(BY_AGE[0], way, missing)
     async with opened("async", url) as cache:
         with redis_py.Redis.from_url(url, username=None, password=None) as admin:

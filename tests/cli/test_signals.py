@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis as redis_py
@@ -383,14 +384,21 @@ def test_an_interrupt_within_an_import_gives_the_status_too(work: str) -> None:
         "cli._imported_app = interrupted\n"
         "cli.main()\n"
     )
-    done = subprocess.run(
+    done = run_program(program, signal.SIGTERM, signal.SIG_DFL)
+    assert (done.returncode, done.stderr) == (143, b"")
+
+
+def run_program(
+    program: str, number: signal.Signals, handler: Any
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program of Python that begins with this handler of a signal."""
+    return subprocess.run(
         [sys.executable, "-c", program],
-        preexec_fn=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL),
+        preexec_fn=partial(signal.signal, number, handler),
         capture_output=True,
         timeout=PATIENCE,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (143, b"")
 
 
 def test_ctrl_c_while_the_process_ends() -> None:
@@ -401,13 +409,7 @@ def test_ctrl_c_while_the_process_ends() -> None:
         "from dscache import cli\n"
         "cli.main()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
-        capture_output=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    done = run_program(program, signal.SIGINT, signal.default_int_handler)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
